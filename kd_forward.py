@@ -32,7 +32,8 @@ samples at T = 1; `mode_distance` says whether the wordings keep the teacher's s
     python kd_forward.py --responses teacher --alpha 0          SeqKD
     python kd_forward.py --responses teacher                    KD on the teacher's own responses: the best here
     python kd_forward.py --steps 0                              only evaluate
-    python kd_forward.py --teacher Qwen/Qwen2.5-1.5B --student Qwen/Qwen2.5-0.5B --data my.jsonl --lr 1e-5 --batch-size 32 --accum 4
+    python kd_forward.py --teacher Qwen/Qwen2.5-1.5B --student Qwen/Qwen2.5-0.5B --data my.jsonl \
+        --lr 1e-5 --batch-size 32 --accum 4
 """
 import math
 import sys
@@ -47,21 +48,21 @@ import common
 @dataclass
 class Config:
     # models and data
-    teacher: str = "tiny"            # model directory or hub name; none: no teacher (for --alpha 0); tiny: the tiny world's
+    teacher: str = "tiny"            # model directory or hub name; none: no teacher (--alpha 0); tiny: the tiny world's
     student: str = "tiny"            # the same; a directory with config.json but no weights starts from random ones
-    data: str = "tiny"               # .jsonl or .csv file, directory with train/valid/test.jsonl, saved dataset, hub name; tiny:N is world N
+    data: str = "tiny"               # .jsonl, .csv, dir of train/valid/test.jsonl, saved/hub dataset; tiny:N: world N
     prompt_field: str = "prompt"     # name of the prompt in a row of data
     response_field: str = "response" # name of the response; null there marks a prompt without one
-    template: str = "auto"           # text around {prompt}; auto: the tokenizer's chat template, else the prompt and a line break
+    template: str = "auto"           # text around {prompt}; auto: the chat template, else the prompt and a line break
     teacher_template: str = ""       # if the teacher is to read another template than the student
     max_prompt: int = 256            # tokens; longer prompts lose their beginning
     max_response: int = 256          # tokens; longer responses lose their end and with it EOS
     holdout: float = 0.05            # share of prompts held out for valid, and again for test, where data has no splits
     teacher_device_map: str = ""     # e.g. auto: spread a large teacher over devices (needs accelerate)
     # method
-    alpha: float = 1.0               # weight of the KL; 1 - alpha goes to CE; 0.5 is common when responses are human-written
-    tau: float = 1.0                 # temperature of both softmaxes in the KL; above 1 shows more of the teacher's small probabilities
-    responses: str = "data"          # data: given responses; teacher: the teacher's own samples for every training prompt
+    alpha: float = 1.0               # weight of the KL; 1 - alpha goes to CE; 0.5 is common for human-written responses
+    tau: float = 1.0                 # temperature of both KL softmaxes; above 1 shows more small teacher probabilities
+    responses: str = "data"          # data: given responses; teacher: the teacher's samples for every training prompt
     # optimization
     steps: int = 500                 # optimizer steps; 0 only evaluates
     batch_size: int = 64             # sequences of one optimizer step
@@ -73,10 +74,10 @@ class Config:
     # system
     eval_every: int = 100            # steps between evaluations on validation rows
     eval_rows: int = 500             # most test rows to evaluate on (validation: at most 200)
-    kl_on: str = "samples"           # samples: KL on responses sampled by teacher and student; references: on the given ones
+    kl_on: str = "samples"           # samples: KL on samples of teacher and student; references: on the given responses
     log_every: int = 20              # steps between lines of the log
     save_every: int = 500            # steps between checkpoints
-    cache_gib: float = 0.0           # keep the teacher's final hidden states: saves its forward pass after the first epoch
+    cache_gib: float = 0.0           # keep the teacher's final hidden states: saves its forward pass after epoch 1
     seed: int = 0                    # of data order, sampling and random weights
     device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"              # float32 or bfloat16 for activations and teacher; the student's weights stay fp32
@@ -105,7 +106,7 @@ def kd_loss(student_logits, teacher_logits, targets, alpha, tau):
 # The loop
 # ---------------------------------------------------------------------------------------------------------------
 def train(cfg):
-    common.check_range(cfg, alpha=(0, 1), tau=(1e-3, 1e3), steps=(0, 10**9), warmup=(0, 10**9))
+    common.check_settings(cfg, alpha=(0, 1), tau=(1e-3, 1e3), responses=["data", "teacher"])
     run = common.Run(cfg, __file__)
     if run.finished:
         return run.finished
@@ -121,7 +122,7 @@ def train(cfg):
     examples = data.train
     if cfg.responses == "teacher":
         examples = common.teacher_answers(teacher, examples, tokenizer, cfg)
-    batches = common.Batches(examples, student, teacher, cfg.batch_size, cfg.accum, cfg.seed, device, cfg.compile)
+    batches = common.Batches(examples, student, teacher, cfg, device)
 
     # what is called in the loop
     student_fwd = common.response_states(student, cfg.compile)
@@ -131,7 +132,8 @@ def train(cfg):
     before = test_ruler(student)
 
     # optimizer
-    optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay,
+                                  fused=True)
     start = run.start(student=student, optimizer=optimizer)
     student.train()
 
@@ -156,8 +158,8 @@ def train(cfg):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 student_hidden = student_fwd(batch)  # (R,H)
                 teacher_hidden = teacher_fwd(batch.teacher) if teacher_fwd else None  # (R,H)
-            sums = common.rowwise_loss(lambda q, p, y: row_loss(q, p, y, cfg.alpha, cfg.tau), student, student_hidden, batch.targets,
-                                       teacher if teacher_fwd else None, teacher_hidden)  # (3,) loss, CE, KL
+            sums = common.rowwise_loss(lambda q, p, y: row_loss(q, p, y, cfg.alpha, cfg.tau), student, student_hidden,
+                                       batch.targets, teacher if teacher_fwd else None, teacher_hidden)  # loss, CE, KL
             (sums[0] / n_tokens).backward()
             totals = totals + sums.detach() / n_tokens
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)

@@ -6,12 +6,14 @@ model gives to right answers. Few rows have a response (for the student's start)
 teacher to answer). The teacher is a small Llama trained on fresh draws from the generator, the student a much
 smaller one trained on the few labelled rows; both are made with kd_forward.py --alpha 0 and cached.
 """
+import contextlib
 import hashlib
 import json
 import os
 import random
 import re
 import shutil
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -22,7 +24,7 @@ LISTS, FAMILIES, MODELS = WORLD["lists"], WORLD["families"], WORLD["models"]
 
 
 def draw_prompt(rng, family):
-    """A random prompt of a family: parts in <> change places, those marked ? may be absent, slots are drawn."""
+    """A random prompt of a family: <parts> change places, those marked ? may be absent, {slots} are drawn."""
     template = FAMILIES[family]["prompt"]
     parts = [p for p, maybe in re.findall(r"<([^>]*)>(\??)", template) if not maybe or rng.random() < 0.6]
     rng.shuffle(parts)
@@ -36,11 +38,13 @@ def answers(prompt):
     family = prompt.split()[0]
     slots = {"items": sorted(prompt.split()[1:])}
     if family != "sort":  # every slot is found by the word before it, wherever its part of the prompt has moved
-        found = {s: re.search(rf" {word} (\w+)", prompt) for word, s in re.findall(r"(\w+) \{(\w+)\}", FAMILIES[family]["prompt"])}
+        anchors = re.findall(r"(\w+) \{(\w+)\}", FAMILIES[family]["prompt"])
+        found = {slot: re.search(rf" {word} (\w+)", prompt) for word, slot in anchors}
         slots = {s: m[1] for s, m in found.items() if m}
     out = []
     for probability, text in FAMILIES[family]["wordings"]:
-        text = re.sub(r"\[([^]]*)\]", lambda m: m[1] if all(s in slots for s in re.findall(r"\{(\w+)\}", m[1])) else "", text)
+        there = lambda part: all(s in slots for s in re.findall(r"\{(\w+)\}", part))
+        text = re.sub(r"\[([^]]*)\]", lambda m, there=there: m[1] if there(m[1]) else "", text)
         text = re.sub(r"\{items:([^}]*)\}", lambda m: m[1].join(slots["items"]), text)
         out.append((probability, text.format(**slots)))
     return out
@@ -66,7 +70,8 @@ def rows(name, n, split, labelled):
     rng, out = random.Random(name), []
     for i, prompt in enumerate(prompts(name, n, split)):
         probs, texts = zip(*answers(prompt))
-        out.append({"prompt": prompt, "response": rng.choices(texts, probs)[0] if i < labelled else None, "references": texts, "probs": probs})
+        response = rng.choices(texts, probs)[0] if i < labelled else None
+        out.append({"prompt": prompt, "response": response, "references": texts, "probs": probs})
     return out
 
 
@@ -79,18 +84,22 @@ def make_tokenizer():
     words = {w: i for i, w in enumerate(special + sorted({w for t in texts for w in t.split()}))}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-                                        additional_special_tokens=special[3:], clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        additional_special_tokens=special[3:], clean_up_tokenization_spaces=False)
     tokenizer.chat_template = "{% for m in messages %}<user> {{ m.content }} {% endfor %}<assistant>"
     return tokenizer
 
 
-def write_config(path, hidden, layers, tokenizer):
+def write_config(path, hidden, layers, heads, tokenizer):
     """A model directory with configuration and tokenizer, no weights: kd_forward.py starts it from random ones."""
     from transformers import LlamaConfig
-    LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=5 * hidden // 2, num_hidden_layers=layers, num_attention_heads=4,
-                num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.05,
-                pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id).save_pretrained(path)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=5 * hidden // 2, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=1024, tie_word_embeddings=True,
+        initializer_range=0.05, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id)
+    config.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
 
@@ -99,52 +108,81 @@ def write_rows(path, data):
     path.write_text("".join(json.dumps(r) + "\n" for r in data))
 
 
-def build(number, cache):
-    """The directory of world 1, number `number`, made on first use: data/, teacher/, student/, student-kl/.
+def build(number, cache, part="student"):
+    """The directory of world 1, number `number`, made on first use: data, teacher, student; student-kl when asked for.
 
     It lies under a hash of this file and of world1.json: a changed world never meets an old teacher.
     """
     key = hashlib.sha1(FILE.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:12]
     target = Path(cache) / f"world1-{key}-{number}"
-    if target.exists():
-        return target
-    import kd_forward
-    print(f"building the tiny world {number} in {target} (once, about {MODELS['minutes']} minutes on 2 cores)", flush=True)
-    root = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
-    tokenizer, sizes = make_tokenizer(), MODELS["rows"]
-    write_rows(root / "data/train.jsonl", rows(f"train {number}", sizes["pool"], "train", sizes["labelled"]))
-    write_rows(root / "data/valid.jsonl", rows("valid", sizes["valid"], "valid", sizes["valid"]))
-    write_rows(root / "data/test.jsonl", rows("test", sizes["test"], "test", sizes["test"]))
-    write_rows(root / "pretrain/train.jsonl", rows(f"pretrain {number}", sizes["pretrain"], "train", sizes["pretrain"]))
-    for split in ("valid", "test"):
-        shutil.copy(root / f"data/{split}.jsonl", root / f"pretrain/{split}.jsonl")
-    common = dict(max_prompt=64, max_response=64, eval_every=10**9, eval_rows=100, save_every=10**9, device="cpu", compile=False)
-    for name, data in (("teacher", "pretrain"), ("student", "data")):
-        m = MODELS[name]
-        write_config(root / f"{name}-config", m["hidden"], m["layers"], tokenizer)
-        kd_forward.train(kd_forward.Config(
-            teacher="none", student=str(root / f"{name}-config"), data=str(root / data), alpha=0.0, steps=m["steps"], lr=m["lr"],
-            batch_size=64, warmup=50, seed=number, out=str(root / f"{name}-run"), **common))
-        shutil.move(root / f"{name}-run/student", root / name)
-    m = MODELS["student-kl"]
-    kd_forward.train(kd_forward.Config(
-        teacher=str(root / "teacher"), student=str(root / "student"), data=str(root / "data"), alpha=1.0, responses="teacher",
-        steps=m["steps"], lr=m["lr"], batch_size=64, warmup=20, seed=number, out=str(root / "kl-run"), **common))
-    shutil.move(root / "kl-run/student", root / "student-kl")
-    for leftover in ("pretrain", "teacher-config", "student-config", "teacher-run", "student-run", "kl-run"):
-        shutil.rmtree(root / leftover)
-    try:
-        os.replace(root, target)
-    except OSError:  # another process was faster: use its world
+    if not target.exists():
+        print(f"building the tiny world {number}, once, in about {MODELS['minutes']} minutes: {target}", flush=True)
+        root = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
+        tokenizer, sizes = make_tokenizer(), MODELS["rows"]
+        for name, n, labelled in (("data", sizes["pool"], sizes["labelled"]), ("pretrain", *2 * [sizes["pretrain"]])):
+            write_rows(root / name / "train.jsonl", rows(f"{name} {number}", n, "train", labelled))
+            for split in ("valid", "test"):
+                write_rows(root / name / f"{split}.jsonl", rows(split, sizes[split], split, sizes[split]))
+        for name, data in (("teacher", "pretrain"), ("student", "data")):
+            m = MODELS[name]
+            write_config(root / "config", m["hidden"], m["layers"], m["heads"], tokenizer)
+            train(root, name, number, teacher="none", student=str(root / "config"), data=str(root / data), alpha=0.0)
+            shutil.rmtree(root / "config")
+        shutil.rmtree(root / "pretrain")
+        move(root, target)
+    if not (target / part).exists():
+        print(f"distilling the tiny world's {part}, once: {target / part}", flush=True)
+        root = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
+        train(root, part, number, teacher=str(target / "teacher"), student=str(target / "student"),
+              data=str(target / "data"), responses="teacher")
+        move(root / part, target / part)
         shutil.rmtree(root)
     return target
 
 
-def show(data):
-    """Print where the world lies, and prompts with the samples of teacher and students beside the right answers."""
+def move(made, target):
+    try:
+        os.replace(made, target)
+    except OSError:  # another process was faster: use what it made
+        shutil.rmtree(made)
+
+
+def train(root, name, number, **settings):
+    """root/name: a student made by kd_forward.py, which prints its progress only."""
+    import kd_forward
+    print(f"{name}:", flush=True)
+    with contextlib.redirect_stdout(Progress(sys.stdout)):
+        kd_forward.train(kd_forward.Config(
+            seed=number, batch_size=64, warmup=50, max_prompt=64, max_response=64, eval_rows=50, eval_every=10**9,
+            log_every=100, save_every=10**9, device="cpu", dtype="float32", compile=False,
+            out=str(root / f"{name}-run"),
+            steps=MODELS[name]["steps"], lr=MODELS[name]["lr"], **settings))
+    shutil.move(root / f"{name}-run/student", root / name)
+    shutil.rmtree(root / f"{name}-run")
+
+
+class Progress:
+    """A standard output that lets only the lines about the loss through: a world is built by three quiet runs."""
+
+    def __init__(self, out):
+        self.out = out
+
+    def write(self, text):
+        if text.startswith("step") and "loss" in text:
+            self.out.write("  " + re.sub(r"  ce.*  tokens \d+", "", text).rstrip() + "\n")
+
+    def flush(self):
+        self.out.flush()
+
+    def isatty(self):
+        return self.out.isatty()
+
+
+def show(root):
+    """Print where the world lies, and for some prompts the right answers and a sample of each model."""
     import torch
+
     from common import load_model, load_tokenizer, prompt_encoder, sample
-    root = Path(data).parent
     print(root)
     tokenizer = load_tokenizer(root / "teacher", "teacher")
     some = [json.loads(line) for line in (root / "data/test.jsonl").read_text().splitlines()[:4]]
@@ -155,4 +193,5 @@ def show(data):
         for p, text in zip(row["probs"], row["references"]):
             print(f"  {p:<12.2f}{text}")
         for name, model in models.items():
-            print(f"  {name:<12}{tokenizer.decode(sample(model, [encode(row['prompt'])], 64, eos=tokenizer.eos_token_id)[0][0], skip_special_tokens=True)}")
+            said = sample(model, [encode(row["prompt"])], 64, eos=tokenizer.eos_token_id)[0][0]
+            print(f"  {name:<12}{tokenizer.decode(said, skip_special_tokens=True)}")

@@ -1,0 +1,108 @@
+"""Every row of the result tables is a command; this runs the missing ones and prints the tables.
+
+    python tests/results.py                 run what is missing (may be stopped and started again), then print
+    python tests/results.py --print         only print, from the committed assets/results.jsonl
+    python tests/results.py --again kd 12   run one row for one seed again and compare with the committed figures
+
+Seed N means: --seed N on world tiny:N, so every seed has its own teacher, labelled rows and student to start from.
+Settings and world were chosen on seeds 0-2; the tables are from seeds 10 and up.
+"""
+import argparse
+import json
+import math
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "assets/results.jsonl"
+SEEDS = range(10, 15)
+ROWS = {  # name: (command, control that the paired differences are taken against)
+    "sft": ("kd_forward.py --alpha 0", None),
+    "kd": ("kd_forward.py", "sft"),
+    "seqkd": ("kd_forward.py --responses teacher --alpha 0", "sft"),
+    "kd-teacher": ("kd_forward.py --responses teacher", "seqkd"),
+    "kd-half": ("kd_forward.py --alpha 0.5", "kd"),
+    "kd-tau2": ("kd_forward.py --tau 2", "kd"),
+}
+SHOWN = ["kl_pq", "kl_qp", "valid", "valid_mass", "valid_greedy", "mode_distance", "rouge_l", "ce"]
+T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t, two-sided
+
+
+def load():
+    lines = FILE.read_text().splitlines() if FILE.exists() else []
+    return {(r["row"], r["seed"]): r for r in map(json.loads, lines)}
+
+
+def run(row, seed):
+    """The record of one run: command, commit, versions and the script's own result.json."""
+    import torch
+    import transformers
+    command = f"{ROWS[row][0]} --data tiny:{seed} --seed {seed}"
+    out = ROOT / "out" / "results" / f"{row}-{seed}"
+    print(f"python {command}", flush=True)
+    subprocess.run([sys.executable, *command.split(), "--out", str(out), "--overwrite"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {"row": row, "seed": seed, "command": f"python {command}", "commit": commit, "python": platform.python_version(),
+            "torch": torch.__version__, "transformers": transformers.__version__, "result": json.loads((out / "result.json").read_text())}
+
+
+def mean_sd(values):
+    m = sum(values) / len(values)
+    return m, math.sqrt(sum((v - m) ** 2 for v in values) / max(1, len(values) - 1))
+
+
+def table(records):
+    value = lambda row, seed, key: records[row, seed]["result"].get(key, float("nan"))
+    seeds = {row: sorted(s for r, s in records if r == row) for row in ROWS}
+    print("| row | command | seeds | " + " | ".join(SHOWN) + " | seconds |\n|" + "---|" * (len(SHOWN) + 4))
+    for which in ("teacher", "before"):
+        ss = seeds["kd"]
+        cells = [f"{mean_sd([value('kd', s, f'{which}.{k}') for s in ss])[0]:.3f}" for k in SHOWN]
+        print(f"| {which} | | {len(ss)} | " + " | ".join(cells) + " | |")
+    for row, (command, _) in ROWS.items():
+        if seeds[row]:
+            cells = ["{:.3f} ± {:.3f}".format(*mean_sd([value(row, s, f"after.{k}") for s in seeds[row]])) for k in SHOWN]
+            seconds = mean_sd([value(row, s, "seconds") for s in seeds[row]])[0]
+            print(f"| {row} | `python {command}` | {len(seeds[row])} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+    print("\nPaired differences, mean and 95 % interval (Student's t over seeds):\n")
+    print("| row minus control | " + " | ".join(SHOWN) + " |\n|" + "---|" * (len(SHOWN) + 1))
+    for row, (_, control) in ROWS.items():
+        both = [s for s in seeds[row] if control and s in seeds[control]]
+        if len(both) > 1:
+            cells = []
+            for k in SHOWN:
+                m, sd = mean_sd([value(row, s, f"after.{k}") - value(control, s, f"after.{k}") for s in both])
+                half = T95.get(len(both) - 1, 2.0) * sd / math.sqrt(len(both))
+                cells.append(f"{m:+.3f} [{m - half:+.3f}, {m + half:+.3f}]")
+            print(f"| {row} - {control} | " + " | ".join(cells) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--print", action="store_true", dest="only_print")
+    parser.add_argument("--again", nargs=2, metavar=("ROW", "SEED"))
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="only these rows")
+    args = parser.parse_args()
+    records = load()
+    if args.again:
+        row, seed = args.again[0], int(args.again[1])
+        old, new = records[row, seed]["result"], run(row, seed)["result"]
+        for k in SHOWN:
+            a, b = old[f"after.{k}"], new[f"after.{k}"]
+            sd = mean_sd([r["result"][f"after.{k}"] for (name, _), r in records.items() if name == row])[1]
+            print(f"{k:<15}{a:10.4f} committed {b:10.4f} now   {'same' if abs(a - b) <= 1e-6 else f'{abs(a - b) / max(sd, 1e-9):.2f} sd away'}")
+        return
+    if not args.only_print:
+        for seed in SEEDS:
+            for row in args.rows:
+                if (row, seed) not in records:
+                    records[row, seed] = run(row, seed)
+                    with open(FILE, "a") as f:
+                        f.write(json.dumps(records[row, seed]) + "\n")
+    table(records)
+
+
+if __name__ == "__main__":
+    main()

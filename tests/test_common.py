@@ -1,0 +1,232 @@
+"""Batches, masks, head primitives and sampler: what every method stands on."""
+import dataclasses
+
+import pytest
+import torch
+from conftest import KINDS
+
+import common
+from common import Example
+
+CPU = torch.device("cpu")
+
+
+def load(pair, kind, which=1):
+    model = common.load_model(pair(kind)[which], CPU)
+    return model, common.load_tokenizer(pair(kind)[which], "student")
+
+
+def examples(n=6, vocab=200, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda k: torch.randint(3, vocab, (k,), generator=g).tolist()
+    out = []
+    for i in range(n):
+        p = draw(2 + i % 4)
+        out.append(Example(p, p, draw(1 + 2 * i) + [0]))
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_predict_exactly_the_response_tokens_incl_eos(pair, kind):
+    """The shift by one: each row's hidden state is the one before its target, never the target's own."""
+    model, _ = load(pair, kind)
+    batch = common.collate(examples(), model)
+    assert batch.targets.tolist() == [t for e in examples() for t in e.response]
+    assert (batch.targets == 0).sum() == 6 and batch.lengths.tolist() == [len(e.response) for e in examples()]
+    if not model.config.is_encoder_decoder:
+        flat = batch.tokens.flatten()
+        assert torch.equal(flat[batch.rows + 1], batch.targets)  # pad is 0 and so is EOS: lengths decide, not ids
+        starts = [len(e.prompt) - 1 for e in examples()]
+        firsts = [batch.rows[(batch.owner == i)][0].item() - i * batch.tokens.shape[1] for i in range(6)]
+        assert firsts == starts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_is_invisible(pair, kind):
+    model, _ = load(pair, kind)
+    states = common.response_states(model)
+    batch = common.collate(examples(), model, edges=(40,))
+    together = states(batch).detach()
+    garbage = dataclasses.replace(batch, tokens=batch.tokens.clone())
+    if model.config.is_encoder_decoder:
+        garbage.tokens[batch.mask == 0] = 77
+    else:
+        for i, e in enumerate(examples()):
+            garbage.tokens[i, len(e.prompt) + len(e.response):] = 77
+    assert torch.allclose(states(garbage), together, atol=1e-6)
+    alone = torch.cat([states(common.collate([e], model)) for e in examples()])
+    assert torch.allclose(alone, together, atol=1e-5)
+
+
+def test_batches_are_a_function_of_the_step_and_cover_an_epoch(pair, config):
+    model, _ = load(pair, "gpt2")
+    cfg = config(batch_size=4, accum=2)
+    batches = common.Batches(examples(10), model, None, cfg, CPU)
+    again = common.Batches(examples(10), model, None, cfg, CPU)
+    order = [i for s in range(5) for i in batches.indices(s)]
+    assert sorted(order[:10]) == list(range(10)) and sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
+    assert all(batches.indices(s) == again.indices(s) for s in (7, 3, 7))
+    micro = batches.at(0)
+    assert len(micro) == 2 and sum(len(b.ids) for b in micro) == 4
+
+
+def test_at_most_eight_widths_when_compiled(pair, config):
+    model, _ = load(pair, "gpt2")
+    batches = common.Batches(examples(12), model, None, config(batch_size=4, compile=True), CPU)
+    assert len(batches.edges) <= 8 and batches.edges[-1] >= batches.length.max()
+    assert {b.tokens.shape[1] for s in range(9) for b in batches.at(s)} <= set(batches.edges)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "opt", "t5-scaled"])
+def test_token_logprobs_equal_log_softmax_with_gradient(pair, kind, monkeypatch):
+    model, _ = load(pair, kind)
+    batch, states = common.collate(examples(), model), common.response_states(model)
+    grads = []
+    for size in (10**6, 4):
+        monkeypatch.setattr(common, "chunks", lambda rows, *_, size=size: [slice(i, i + size) for i in range(0, rows, size)])
+        model.zero_grad()
+        got = common.token_logprobs(model, states(batch), batch.targets)
+        (got * torch.linspace(-1, 1, len(got))).sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    wanted = common.head_logits(model, states(batch)).log_softmax(-1)[range(len(batch.targets)), batch.targets]
+    assert torch.allclose(got, wanted, atol=1e-5) and torch.allclose(grads[0], grads[1], atol=1e-5)
+
+
+def test_bf16_states_give_fp32_logits_and_fp32_head_gradients(pair):
+    model, _ = load(pair, "llama")
+    hidden, targets = torch.randn(9, 16).bfloat16().requires_grad_(), torch.arange(9)
+    seen = []
+    loss = lambda q, p, y: (seen.append(q.dtype), torch.nn.functional.cross_entropy(q, y, reduction="none"))[1:]
+    with torch.autocast("cpu", torch.bfloat16):
+        common.rowwise_loss(loss, model, hidden, targets)[0].backward()
+    assert seen == [torch.float32] and hidden.grad.dtype == torch.bfloat16
+    assert model.get_output_embeddings().weight.grad.dtype == torch.float32
+
+
+def test_only_the_first_value_of_a_row_loss_has_a_gradient(pair):
+    model, _ = load(pair, "llama")
+    hidden, targets = torch.randn(9, 16, requires_grad=True), torch.arange(9)
+    ce = lambda q, y: torch.nn.functional.cross_entropy(q, y, reduction="none")
+    one = common.rowwise_loss(lambda q, p, y: (ce(q, y), 100 * q.sum(-1)), model, hidden, targets)
+    one[0].backward()
+    wanted = torch.autograd.grad(ce(common.head_logits(model, hidden), targets).sum(), hidden)[0]
+    assert torch.allclose(hidden.grad, wanted, atol=1e-6) and one.shape == (2,)
+
+
+def test_heads_of_different_size_are_cut_and_renormalised(config):
+    student, teacher, tokenizer = common.load_pair(config("qwen2"), CPU)
+    sizes = [m.get_output_embeddings().weight.shape[0] for m in (student, teacher)]
+    assert sizes[0] != sizes[1] and student.vocab == teacher.vocab == min(sizes)
+    batch = common.collate(examples(), teacher, "teacher")
+    assert common.head_logits(teacher, common.response_states(teacher)(batch)).shape[-1] == min(sizes)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_sampling_equals_generate(pair, kind, static):
+    model, tokenizer = load(pair, kind)
+    prompts = [e.prompt for e in examples()]
+    got, logprobs = common.sample(model, prompts, 12, temperature=0, eos=tokenizer.eos_token_id, batch_size=4, static=static)
+    for p, r, lp in zip(prompts, got, logprobs):
+        ids = torch.tensor([p])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12,
+                             eos_token_id=tokenizer.eos_token_id, pad_token_id=0)[0]
+        wanted = out[1:].tolist() if model.config.is_encoder_decoder else out[len(p):].tolist()
+        assert r == wanted and len(lp) == len(r)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "t5"])
+def test_sampled_logprobs_are_those_of_the_model(pair, kind, static):
+    model, tokenizer = load(pair, kind)
+    prompts = [e.prompt for e in examples(12)]
+    responses, logprobs = common.sample(model, prompts, 10, seed=3, eos=tokenizer.eos_token_id, static=static)
+    batch = common.collate([Example(p, p, r) for p, r in zip(prompts, responses)], model)
+    wanted = common.token_logprobs(model, common.response_states(model)(batch), batch.targets)
+    assert torch.allclose(torch.cat(logprobs), wanted, atol=1e-4)
+    assert responses == common.sample(model, prompts, 10, seed=3, eos=tokenizer.eos_token_id, static=static)[0]
+
+
+def test_samples_follow_the_exact_distribution(pair):
+    """Chi-square over the first token's 12 most likely values and the rest, and over two-token responses."""
+    model, tokenizer = load(pair, "llama")
+    prompt, n = [5, 9, 17], 6000
+    responses, _ = common.sample(model, [prompt] * n, 2, seed=11, eos=tokenizer.eos_token_id, batch_size=3000)
+    p1 = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    top = p1.topk(12).indices.tolist()
+    expected = [n * p1[t].item() for t in top] + [n * (1 - p1[top].sum().item())]
+    observed = [sum(r[0] == t for r in responses) for t in top]
+    observed.append(n - sum(observed))
+    assert sum((o - e) ** 2 / e for o, e in zip(observed, expected)) < 34.5  # 12 degrees of freedom, p = 0.0006
+    a = top[0]
+    p2 = model(torch.tensor([prompt + [a]])).logits[0, -1].softmax(-1)
+    b = p2.argmax().item()
+    joint = n * (p1[a] * p2[b]).item()
+    assert abs(sum(r == [a, b] for r in responses) - joint) < 4 * joint**0.5
+
+
+def test_temperature_and_top_k(pair):
+    model, tokenizer = load(pair, "gpt2")
+    prompts = [[5, 9, 17]] * 400
+    cold, _ = common.sample(model, prompts, 1, temperature=0.2, eos=0)
+    hot, logprobs = common.sample(model, prompts, 1, temperature=1.0, top_k=3, eos=0)
+    assert len({r[0] for r in cold}) < len({r[0] for r in common.sample(model, prompts, 1, eos=0)[0]})
+    top = model(torch.tensor([[5, 9, 17]])).logits[0, -1].topk(3)
+    assert {r[0] for r in hot} <= set(top.indices.tolist())
+    share = dict(zip(top.indices.tolist(), top.values.log_softmax(-1).tolist()))  # renormalised over the three
+    assert all(abs(lp.item() - share[r[0]]) < 1e-4 for r, lp in zip(hot, logprobs))
+
+
+def test_sampling_leaves_training_mode_and_global_random_state_alone(pair):
+    model, _ = load(pair, "gpt2")
+    model.train()
+    state = torch.get_rng_state()
+    common.sample(model, [[5, 6]], 4, eos=0)
+    assert model.training and torch.equal(state, torch.get_rng_state())
+
+
+def test_user_text_never_becomes_a_control_token(pair):
+    model, tokenizer = load(pair, "gpt2")
+    encode = common.prompt_encoder(tokenizer, "auto", model, 64)
+    assert tokenizer.eos_token_id not in encode("ignore this <|endoftext|> and go on")
+
+
+def test_chat_template_is_used_where_there_is_one(pair):
+    model, tokenizer = load(pair, "gpt2")
+    tokenizer.chat_template = "{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}\n{% endfor %}bot:"
+    ids = common.prompt_encoder(tokenizer, "auto", model, 64)("the <|endoftext|> cat")
+    assert tokenizer.decode(ids) == "<|endoftext|>user: the <|endoftext|> cat\nbot:" and ids.count(tokenizer.eos_token_id) == 1
+    plain = common.prompt_encoder(tokenizer, "Q: {prompt} A:", model, 64)("the cat")
+    assert tokenizer.decode(plain) == "Q: the cat A:"
+
+
+def test_long_prompts_lose_their_beginning_and_keep_the_template(pair):
+    model, tokenizer = load(pair, "gpt2")
+    encode = common.prompt_encoder(tokenizer, "Q: {prompt} A:", model, 12)
+    ids = encode("the cat sat on the mat and then it ran under the green house")
+    assert len(ids) == 12 and tokenizer.decode(ids).startswith("Q:") and tokenizer.decode(ids).endswith("green house A:")
+    assert encode.cut == 1
+
+
+def test_models_that_change_logits_after_the_head_are_refused(tmp_path):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+    config = Gemma2Config(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                          num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(common.BadInput, match="after the output head"):
+        common.load_model(tmp_path, CPU)
+
+
+def test_a_teacher_is_frozen_and_in_eval_mode(config):
+    student, teacher, _ = common.load_pair(config("gpt2"), CPU)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert not student.training and all(p.requires_grad for p in student.parameters())
+
+
+def test_another_teacher_never_meets_the_cache(pair):
+    a, b = (common.load_model(d, CPU) for d in pair("llama"))
+    before = common.fingerprint(a)
+    assert before != common.fingerprint(b) and before == common.fingerprint(a)
+    with torch.no_grad():
+        next(a.parameters()).add_(0.01)
+    assert before != common.fingerprint(a)

@@ -1,0 +1,253 @@
+"""Bad input: one sentence with what, where and what to do, exit status 2, and nothing overwritten."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import kd_forward
+
+ROOT = Path(__file__).parents[1]
+
+
+def refused(match, function, *args):
+    with pytest.raises(common.BadInput, match=match) as caught:
+        function(*args)
+    assert "\n" not in str(caught.value).strip() and len(str(caught.value)) < 600
+    return str(caught.value)
+
+
+def test_settings_in_every_spelling():
+    parse = lambda *words: common.parse_args(kd_forward.Config, words)
+    assert parse("--lr", "1e-4").lr == parse("--lr=1e-4").lr == 1e-4
+    assert parse("--batch-size", "8").batch_size == parse("--batch_size=8").batch_size == 8
+    assert parse("--no-compile").compile is False and parse("--compile").compile is True
+    assert parse("--no-resume").resume is False and parse("--data", "a-b_c").data == "a-b_c"
+    refused("did you mean --batch-size", parse, "--batch-siz", "8")
+    refused("did you mean --alpha", parse, "--alpah=1")
+    refused("invalid int value: 'many'", parse, "--steps", "many")
+    refused("expected one argument", parse, "--steps")
+    refused("unknown setting 7", parse, "7")
+
+
+def test_every_setting_has_a_help_text(capsys):
+    with pytest.raises(SystemExit) as done:
+        common.parse_args(kd_forward.Config, ["--help"])
+    text = capsys.readouterr().out
+    assert done.value.code == 0 and "optimizer steps; 0 only evaluates" in text
+    source = (ROOT / "kd_forward.py").read_text().split("class Config:")[1].split("\n\n\n")[0]
+    fields = [line for line in source.splitlines() if re.match(r"    \w+: ", line)]
+    assert len(fields) > 25 and all("# " in line for line in fields)
+
+
+@pytest.mark.parametrize("settings, match", [
+    (dict(alpha=1.5), "--alpha 1.5: must lie between 0 and 1"),
+    (dict(tau=0.0), "--tau 0.0"),
+    (dict(steps=-1), "--steps -1"),
+    (dict(responses="both"), "choose one of data, teacher"),
+    (dict(batch_size=8, accum=3), "multiple of --accum 3"),
+    (dict(dtype="int8"), "choose one of auto, float32, bfloat16"),
+    (dict(device="cuda:7"), "--device cuda:7: not usable on this machine"),
+    (dict(device="gpu"), "--device gpu"),
+    (dict(student="no/such/model"), "--student no/such/model"),
+    (dict(teacher="no/such/model"), "--teacher no/such/model"),
+    (dict(data="absent.jsonl"), "--data absent.jsonl: no such file"),
+    (dict(data="absent_set"), "--data absent_set: neither a file"),
+    (dict(teacher="tiny"), "--teacher tiny knows the words of the tiny world only"),
+    (dict(max_prompt=60, max_response=60), "context of 64 tokens"),
+    (dict(template="no place for it"), "exactly once"),
+    (dict(template="{prompt} and {prompt}"), "exactly once"),
+    (dict(max_prompt=1, template="Sort these: {prompt}"), "the template alone takes"),
+    (dict(prompt_field="question"), r"rows\.jsonl:1: no field 'question' \(there: prompt, response\): name it with --prompt-field"),
+    (dict(resume=True), "there is no run in"),
+])
+def test_bad_settings(config, settings, match):
+    cfg = config(**settings)
+    refused(match, kd_forward.train, cfg)
+    assert not Path(cfg.out).exists()
+
+
+GOOD = b'{"prompt": "the cat", "response": "cat the"}\n'
+
+
+@pytest.mark.parametrize("content, match", [
+    (b"", "the file has no rows"),
+    (b"\n \n", "the file has no rows"),
+    (GOOD + b"[1, 2]\n", r":2: a list, not an object"),
+    (GOOD + b"{bad json}\n", r":2: Expecting property name"),
+    (GOOD + b'{"prompt": "x"}\n', r":2: no field 'response'"),
+    (GOOD + b'{"prompt": 3, "response": "x"}\n', r":2: field 'prompt' is a int"),
+    (GOOD + b'{"prompt": null, "response": "x"}\n', r":2: field 'prompt' is a NoneType"),
+    (GOOD + b'{"prompt": "x", "response": ["y"]}\n', r":2: field 'response' is a list"),
+    (GOOD + b'{"prompt": "x", "response": "\\ud800"}\n', r":2: field 'response' holds half a surrogate"),
+    (GOOD + b'{"prompt": "\xff", "response": "x"}\n', r":2: not valid UTF-8"),
+    (GOOD + b"[" * 100_000 + b"\n", r":2: "),
+    (GOOD * 3, "none is left for"),
+])
+def test_bad_data_names_file_and_line(config, tmp_path, content, match):
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    cfg = config(data=str(tmp_path / "bad.jsonl"))
+    said = refused(match, kd_forward.train, cfg)
+    assert "bad.jsonl" in said and not Path(cfg.out).exists()
+
+
+def test_csv_saved_datasets_and_split_directories(config, tmp_path, rows_file):
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    import csv
+    with open(tmp_path / "rows.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, ["prompt", "response"])
+        writer.writeheader()
+        writer.writerows(rows)
+    import datasets
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows[:60]), "validation": datasets.Dataset.from_list(rows[60:70]),
+                          "test": datasets.Dataset.from_list(rows[70:])}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir/train.jsonl").write_text(rows_file.read_text())
+    (tmp_path / "dir/test.jsonl").write_text(rows_file.read_text())
+    wanted = common.load_rows(config())
+    assert common.load_rows(config(data=str(tmp_path / "rows.csv"))) == wanted
+    saved = common.load_rows(config(data=str(tmp_path / "saved")))
+    assert [len(saved[s]) for s in ("train", "valid", "test")] == [60, 10, 10]
+    assert len(common.load_rows(config(data=str(tmp_path / "dir")))["test"]) == 80
+    (tmp_path / "bad.csv").write_text("prompt,answer\na,b\n")
+    refused(r"bad.csv:2: no field 'response' \(there: prompt, answer\)", common.load_rows, config(data=str(tmp_path / "bad.csv")))
+    prompts = [{r["prompt"] for r in wanted[s]} for s in ("train", "valid", "test")]
+    assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
+
+
+def test_responses_empty_cut_or_absent(config, tmp_path, capsys):
+    words = "the cat sat on the mat " * 9
+    rows = [{"prompt": f"{i} cats", "response": ["ok then", "", words, None][i % 4]} for i in range(120)]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    kd_forward.train(config(data=str(tmp_path / "some.jsonl"), steps=1))
+    said = capsys.readouterr().out
+    found = [int(x) for x in re.search(r"cut to fit: (\d+) prompts, (\d+) responses; (\d+) empty", said).groups()]
+    assert found[0] == 0 and 15 < found[1] <= 30 and 15 < found[2] <= 30
+    for value in ("", None):
+        for r in rows:
+            r["response"] = value
+        (tmp_path / "none.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        refused("nothing to train on", kd_forward.train, config(data=str(tmp_path / "none.jsonl"), out=str(tmp_path / "o")))
+
+
+def test_models_without_tokenizer_weights_or_common_vocabulary(config, pair, tmp_path):
+    import shutil
+    shutil.copytree(pair("gpt2")[1], tmp_path / "bare")
+    for f in (tmp_path / "bare").glob("token*"):
+        f.unlink()
+    refused("no tokenizer there", kd_forward.train, config(student=str(tmp_path / "bare")))
+    shutil.copytree(pair("gpt2")[0], tmp_path / "empty")
+    (tmp_path / "empty/model.safetensors").unlink()
+    refused("no weights", kd_forward.train, config(teacher=str(tmp_path / "empty")))
+    (tmp_path / "empty/model.safetensors").write_bytes(b"not safetensors")
+    refused("weights cannot be loaded", kd_forward.train, config(teacher=str(tmp_path / "empty")))
+    refused("different tokenizers", kd_forward.train, config(teacher=str(pair("t5")[0])))
+
+
+def test_a_config_without_weights_starts_the_student_at_random(config, pair, tmp_path, capsys):
+    import shutil
+    shutil.copytree(pair("gpt2")[1], tmp_path / "scratch")
+    (tmp_path / "scratch/model.safetensors").unlink()
+    results = [kd_forward.train(config(student=str(tmp_path / "scratch"), steps=2, out=str(tmp_path / f"o{i}"))) for i in range(2)]
+    assert "holds no weights" in capsys.readouterr().out and results[0]["after.kl_pq"] == results[1]["after.kl_pq"]
+
+
+def test_directories_are_never_overwritten_by_accident(config, tmp_path, capsys):
+    cfg = config(steps=2)
+    first = kd_forward.train(cfg)
+    capsys.readouterr()
+    assert kd_forward.train(cfg) == first  # finished and the same settings: prints its result
+    assert "---\nmethod: kd_forward" in capsys.readouterr().out
+    refused("other settings .alpha was 1.0, is 0.5.", kd_forward.train, config(steps=2, alpha=0.5))
+    Path(cfg.out, "result.json").unlink()
+    refused("unfinished run: --resume", kd_forward.train, cfg)
+    refused("other settings", kd_forward.train, config(steps=2, lr=0.5, resume=True))
+    assert kd_forward.train(config(steps=2, alpha=0.5, overwrite=True))["steps"] == 2
+    foreign = tmp_path / "mine"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("precious")
+    for overwrite in (False, True):
+        refused("holds no settings.json", kd_forward.train, config(out=str(foreign), overwrite=overwrite))
+    assert (foreign / "thesis.tex").read_text() == "precious"
+    refused("is a file", kd_forward.train, config(out=str(foreign / "thesis.tex")))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(config, monkeypatch):
+    cfg, save, calls = config(steps=6), torch.save, []
+
+    def full(state, path):
+        calls.append(1)
+        if len(calls) == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+    monkeypatch.setattr(torch, "save", full)
+    said = refused("cannot save .* at step 4 .*No space left", kd_forward.train, cfg)
+    assert "the previous one is untouched" in said
+    assert torch.load(f"{cfg.out}/checkpoint.pt", weights_only=True)["step"] == 2
+
+
+@pytest.mark.skipif(os.name == "nt" or not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_really_full_device(config, monkeypatch):
+    cfg = config(steps=2)
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, path: save(state, "/dev/full"))
+    refused("cannot save", kd_forward.train, cfg)
+
+
+def test_read_only_output(config, monkeypatch):
+    def no(*args, **kw):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Path, "mkdir", lambda self, *a, **k: no() if self.name == "run" else os.makedirs(self, exist_ok=True))
+    refused("cannot write to .*Permission denied.*choose another --out", kd_forward.train, config())
+
+
+def test_a_machine_without_a_compiler_goes_on_eagerly(monkeypatch, capsys):
+    class NoCompiler(Exception):
+        __module__ = "torch._inductor.exc"
+
+    def compiled(function, **kw):
+        def call(*args):
+            raise NoCompiler
+        return call
+    monkeypatch.setattr(torch, "compile", compiled)
+    double = common.try_compile(lambda x: 2 * x)
+    assert double(3) == 6 and double(4) == 8
+    assert capsys.readouterr().out.count("going on without it") == 1
+    with pytest.raises(ZeroDivisionError):  # the user's own errors stay errors
+        monkeypatch.setattr(torch, "compile", lambda f, **kw: f)
+        common.try_compile(lambda x: x / 0)(1)
+
+
+def script(cfg, *more):
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(cfg).items() if not isinstance(v, bool) and v != ""]
+    return [sys.executable, str(ROOT / "kd_forward.py"), *flags, *more]
+
+
+def test_exit_status_and_one_line_on_stderr(config, tmp_path):
+    done = subprocess.run(script(config(data="absent.jsonl")), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == "error: --data absent.jsonl: no such file\n"
+
+
+def test_sigterm_saves_and_resume_finishes(config, tmp_path):
+    cfg = config("llama", steps=3000, eval_every=100000, save_every=100000, log_every=10)
+    process = subprocess.Popen(script(cfg), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    for line in process.stdout:
+        if line.startswith("step    20/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and re.fullmatch(r"stopped by SIGTERM after step \d+, saved: --resume goes on\n", err)
+    step = torch.load(f"{cfg.out}/checkpoint.pt", weights_only=True)["step"]
+    assert 20 <= step < 3000
+    process = subprocess.Popen(script(cfg, "--resume"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert any(f"at step {step}" in line for line in process.stdout if "resumed" in line or time.sleep(0))
+    process.kill()
+    process.wait()

@@ -1,0 +1,77 @@
+"""The ruler agrees with the packages that people quote. Golden values: rouge-score 0.1.2, sacrebleu 2.5 (13a)."""
+import math
+
+import pytest
+import torch
+
+import common
+from assets.metrics import bleu, distinct, rouge_l
+
+GOLDEN = [  # candidate, references, ROUGE-L F1 of rouge-score (best reference, no stemming)
+    ("the cat sat on the mat", ["a cat sat on a mat ."], 0.666667),
+    ("ada is a baker from oslo .", ["meet ada , the baker who lives in oslo .", "ada is a baker from rome ."], 0.833333),
+    ("It costs $3.50, or 1,000 units (approx.)!", ["It cost $3.50 or 1,000 units - approx.", "Costs: 3.50"], 0.888889),
+    ("", ["something"], 0.0),
+    ("Hello", ["hello world, it's me"], 0.333333),
+    ("the trip of ada : to oslo on monday", ["the trip of ada : to oslo on monday , soup to eat"], 0.842105),
+    ("don't stop-believing &quot;now&quot;", ["do not stop believing \"now\""], 0.5),
+]
+
+
+@pytest.mark.parametrize("candidate, references, wanted", GOLDEN)
+def test_rouge_l_agrees_with_rouge_score(candidate, references, wanted):
+    assert rouge_l(candidate, references) == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("candidates, references, wanted", [
+    ([c for c, _, _ in GOLDEN], [r for _, r, _ in GOLDEN], 0.402108),
+    (["the cat sat on the mat today"], [["the cat sat on a mat yesterday"]], 0.434721),
+    (["It costs $3.50, or 1,000 units (approx.)!"], [GOLDEN[2][1]], 0.174743),
+    (["a b c d e f g"], [["a b x d e y g z"]], 0.170261),  # no 3-gram matches: smoothing
+    (["a b c"], [["a b c"]], 0.0),                           # shorter than four words: no 4-gram exists
+])
+def test_bleu_agrees_with_sacrebleu(candidates, references, wanted):
+    assert bleu(candidates, references) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_distinct_counts_different_ngrams():
+    assert distinct(["a b a b", "a b"], 1) == 2 / 6
+    assert distinct(["a b a b", "a b"], 2) == 2 / 4
+    assert distinct([""], 2) == 0
+
+
+def test_kl_directions_on_two_tokens_by_hand():
+    p, q = torch.tensor([[0.75, 0.25]]), torch.tensor([[0.5, 0.5]])
+    pq, qp = common.both_kl(q.log(), p.log(), None)
+    assert pq.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-6)
+    assert qp.item() == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(2.0), abs=1e-6)
+
+
+def test_ruler_is_zero_between_a_model_and_itself_and_sums_over_the_response(config):
+    cfg = config("llama")
+    student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
+    data = common.load_data(cfg, student, teacher, tokenizer)
+    other = common.load_model(cfg.teacher, torch.device("cpu"))  # the teacher's twin, measured as a student
+    other.vocab = teacher.vocab
+    ruler = common.make_ruler(cfg, teacher, tokenizer, data.test)
+    twin, mine = ruler(other), ruler(student)
+    assert twin["kl_pq"] == pytest.approx(0, abs=1e-5) and twin["kl_qp"] == pytest.approx(0, abs=1e-5)
+    assert mine["kl_pq"] > 0.1 and mine["kl_qp"] > 0.1
+    # by hand, one response at a time with the model's own logits
+    answers = common.sampled(teacher, data.test, tokenizer, cfg, 1.0, 1234, "teacher")
+    total = 0.0
+    for e in answers:
+        ids, first = torch.tensor([e.prompt + e.response]), len(e.prompt) - 1
+        logp = teacher(ids).logits[0, first:-1].log_softmax(-1)
+        logq = student(ids).logits[0, first:-1].log_softmax(-1)
+        total += (logp.exp() * (logp - logq)).sum().item()
+    assert mine["kl_pq"] == pytest.approx(total / len(answers), rel=1e-4)
+
+
+def test_kl_on_references_needs_no_sampling(config):
+    cfg = config("gpt2", kl_on="references")
+    student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
+    data = common.load_data(cfg, student, teacher, tokenizer)
+    m = common.make_ruler(cfg, teacher, tokenizer, data.test)(student)
+    values = common.per_response(common.both_kl, student, teacher, data.test, cfg)
+    assert m["kl_pq"] == pytest.approx(values[:, 0].mean().item()) and m["kl_qp"] == pytest.approx(values[:, 1].mean().item())
