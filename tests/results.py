@@ -23,6 +23,8 @@ ROWS = {  # name: (command, control that the paired differences are taken agains
     "kd": ("kd_forward.py", "sft"),
     "seqkd": ("kd_forward.py --responses teacher --alpha 0", "sft"),
     "kd-teacher": ("kd_forward.py --responses teacher", "seqkd"),
+    "sft-2x": ("kd_forward.py --alpha 0 --steps 1000", "kd"),  # the seconds of kd
+    "seqkd-2x": ("kd_forward.py --responses teacher --alpha 0 --steps 1000", "kd-teacher"),  # those of kd-teacher
     "kd-half": ("kd_forward.py --alpha 0.5", "kd"),
     "kd-tau2": ("kd_forward.py --tau 2", "kd"),
 }
