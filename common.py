@@ -9,6 +9,7 @@ assets/plumbing.py, the tiny worlds in assets/worlds.py; a first reading may ski
 p is always the teacher, q always the student. Sizes: B batch, T tokens, V vocabulary, H hidden, R "rows": the
 response tokens of a whole batch, one after the other. There is no padding among rows, so none can leak into a loss.
 """
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -32,7 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
 from assets.metrics import bleu, distinct, rouge_l
-from assets.plumbing import BadInput, Run, RunFailed, check_settings, main, parse_args  # noqa: F401
+from assets.plumbing import BadInput, Run, RunFailed, check_settings, compute_dtype, main, parse_args  # noqa: F401
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -124,13 +125,6 @@ def load_pair(cfg, device, same_tokens=True):
                            "distributions cannot be compared: choose two models of one family")
         student.vocab = teacher.vocab = min(student.vocab, teacher.vocab)
     return student, teacher, tokenizer
-
-
-def compute_dtype(cfg, device):
-    """--dtype auto: bf16 where CUDA has it, else fp32. Never decided by timing, so that runs repeat bit by bit."""
-    if cfg.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return getattr(torch, cfg.dtype)
 
 
 def fingerprint(model):
@@ -240,7 +234,10 @@ def prompt_encoder(tokenizer, template, model, max_prompt):
     encdec, mark = model.config.is_encoder_decoder, "\ue000"
     if template == "auto" and tokenizer.chat_template:  # it writes its own begin-of-sequence token
         chat = [{"role": "user", "content": mark}]
-        start, _, end = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).partition(mark)
+        whole = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        start, found, end = whole.partition(mark)
+        if not found:
+            raise BadInput("the tokenizer's chat template drops the user's message: give a --template of your own")
         start, end = ids(start), ids(end)
     else:
         template = ("{prompt}" if encdec else "{prompt}\n") if template == "auto" else template.replace("\\n", "\n")
@@ -262,14 +259,15 @@ def prompt_encoder(tokenizer, template, model, max_prompt):
     return encode
 
 
-def load_data(cfg, student, teacher, tokenizer):
-    """SimpleNamespace(train, valid, test) of lists of Examples, tokenised once; says what was cut or dropped."""
+def load_data(cfg, student, teacher, tokenizer, spare=0):
+    """SimpleNamespace(train, valid, test) of lists of Examples, tokenised once; says what was cut or dropped.
+    `spare` is how many positions after the longest response a method reads."""
     for model, what in ((student, "student"), (teacher, "teacher")):
         context = getattr(model.config, "max_position_embeddings", None) if model is not None else None
-        need = (max if context and model.config.is_encoder_decoder else sum)((cfg.max_prompt, cfg.max_response))
+        need = (max if context and model.config.is_encoder_decoder else sum)((cfg.max_prompt, cfg.max_response + spare))
         if context and need > context:
             raise BadInput(f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response} do not fit the "
-                           f"{what}'s context of {context} tokens: lower them")
+                           f"{what}'s context of {context} tokens{' less ' + str(spare) if spare else ''}: lower them")
     encode = encode_t = prompt_encoder(tokenizer, cfg.template, student, cfg.max_prompt)
     if cfg.teacher_template:
         encode_t = prompt_encoder(tokenizer, cfg.teacher_template, teacher or student, cfg.max_prompt)
@@ -291,6 +289,23 @@ def load_data(cfg, student, teacher, tokenizer):
           f"{len(data.valid)} validation, {len(data.test)} test rows; "
           f"cut to fit: {encode.cut} prompts, {cut} responses; {empty} empty responses", flush=True)
     return data
+
+
+def load_corpus(path, tokenizer, cfg):
+    """Examples for plain language modelling: blocks of --max-response tokens from a text file (blank lines part its
+    documents) or a .jsonl (field "text"), EOS after each document; EOS serves as the prompt of each block."""
+    eos, n = tokenizer.eos_token_id, cfg.max_response
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        documents = re.split(r"\n\s*\n", text) if Path(path).suffix != ".jsonl" else \
+            [json.loads(x)["text"] for x in text.split("\n") if x.strip()]
+        tokens = [t for d in documents if d.strip()
+                  for t in tokenizer(d.strip(), add_special_tokens=False, split_special_tokens=True).input_ids + [eos]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise BadInput(f'{path}: not UTF-8 text or JSON lines with a string "text" ({first_line(e)})') from None
+    if not tokens:
+        raise BadInput(f"{path}: the file has no text")
+    return [Example([eos], [eos], tokens[i:i + n]) for i in range(0, len(tokens), n)]
 
 
 @dataclass
@@ -346,6 +361,14 @@ def collate(examples, model, side="student", edges=()):
     return Batch(tokens, owner * tokens.shape[1] + before[owner] + index, targets, owner, lengths)
 
 
+def step_indices(n, step, cfg):
+    """Which of n examples an optimizer step uses: shuffled anew every epoch, a function of seed and step alone."""
+    first = step * cfg.batch_size
+    epochs = {i // n for i in range(first, first + cfg.batch_size)}
+    order = {e: np.random.default_rng((cfg.seed, e)).permutation(n) for e in epochs}
+    return [int(order[i // n][i % n]) for i in range(first, first + cfg.batch_size)]
+
+
 class Batches:
     """Training batches as a function of the step alone, so that a resumed run sees what it would have seen.
 
@@ -365,20 +388,21 @@ class Batches:
             or student.config.is_encoder_decoder != teacher.config.is_encoder_decoder)
 
     def indices(self, step):
-        n, first = len(self.examples), step * self.cfg.batch_size
-        epochs = {i // n for i in range(first, first + self.cfg.batch_size)}
-        order = {e: np.random.default_rng((self.cfg.seed, e)).permutation(n) for e in epochs}
-        return [int(order[i // n][i % n]) for i in range(first, first + self.cfg.batch_size)]
+        return step_indices(len(self.examples), step, self.cfg)
 
     def at(self, step):
         ids, size = sorted(self.indices(step), key=lambda i: self.length[i]), self.cfg.batch_size // self.cfg.accum
         return [self.batch(ids[i:i + size]) for i in range(0, len(ids), size)]
 
     def batch(self, ids):
-        examples = [self.examples[i] for i in ids]
+        batch = self.collate([self.examples[i] for i in ids])
+        batch.ids = batch.teacher.ids = ids
+        return batch
+
+    def collate(self, examples):
+        """Any examples, such as the student's own answers, -> Batch on the device, with the teacher's view of it."""
         batch = collate(examples, self.student, "student", self.edges)
         batch.teacher = collate(examples, self.teacher, "teacher", self.edges) if self.two_views else batch
-        batch.ids = batch.teacher.ids = ids
         return batch.to(self.device)
 
 
@@ -507,6 +531,21 @@ def token_logprobs(model, hidden, targets):
         return torch.cat([call(hidden[rows], targets[rows], *head(model)) for rows in parts])
 
 
+@torch.no_grad()
+def row_scalars(row_values, model, hidden, targets):
+    """The values (r,) that row_values(logits (r,V) fp32, targets (r,)) gives, for all R rows: a tuple of (R,)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        parts = [row_values(head_logits(model, hidden[rows].to(model.dtype)), targets[rows])
+                 for rows in chunks(len(targets), model.vocab, hidden.device)]
+    return tuple(torch.cat(x) for x in zip(*parts))
+
+
+def by_response(values, lengths, width):
+    """(R,) values of rows -> (B,width): a response a line, filled with 0."""
+    inside = torch.arange(width, device=values.device) < lengths[:, None]
+    return values.new_zeros(inside.shape).masked_scatter(inside, values)
+
+
 def log_softmax_at(logits, targets):
     """(r,V), (r,) -> (r,) log-softmax at the targets, without the other V - 1 entries."""
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
@@ -532,7 +571,8 @@ class CachedStates:
         else:
             file = cache_dir() / f"states-{os.getpid()}-{id(self)}"
             self.store = torch.from_file(str(file), True, shape[0] * shape[1], dtype=model.dtype).view(shape)
-            file.unlink()  # the mapping keeps it alive as long as the run
+            with contextlib.suppress(OSError):  # the mapping keeps it alive; Windows will not let it go before
+                file.unlink()
 
     def __call__(self, batch):
         rows = [slice(self.start[i], self.start[i + 1]) for i in batch.ids]
@@ -686,7 +726,7 @@ def per_response(row_values, student, teacher, examples, cfg, side="student", ba
             p = head_logits(teacher, teacher_hidden[rows].to(teacher.dtype)) if teacher else None
             values = torch.stack(row_values(head_logits(student, hidden[rows]), p, batch.targets[rows]), -1)  # (r,k)
             total = total + values.new_zeros(len(part), values.shape[-1]).index_add_(0, batch.owner[rows], values)
-        out.append(total.double().cpu())
+        out.append(total.cpu().double())
     student.train(was_training)
     return torch.cat(out)
 

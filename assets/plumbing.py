@@ -87,6 +87,13 @@ def check_settings(cfg, **limits):
                        "it counts the sequences of a whole optimizer step")
 
 
+def compute_dtype(cfg, device):
+    """--dtype auto: bf16 where CUDA has it, else fp32. Never decided by timing, so that runs repeat bit by bit."""
+    if cfg.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return getattr(torch, cfg.dtype)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # A run: its directory, log, checkpoints and signals
 # ---------------------------------------------------------------------------------------------------------------
@@ -115,6 +122,7 @@ class Run:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError):  # absent, unknown, or torch was built without it
             raise BadInput(f"--device {cfg.device}: not usable on this machine; leave it out for auto") from None
+        self.settings["dtype"] = str(compute_dtype(cfg, self.device))  # "auto" must not change between resumptions
         self._look()
         torch.manual_seed(cfg.seed)
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what stays in fp32
@@ -190,8 +198,8 @@ class Run:
         """One JSON object to log.jsonl and one aligned line to the screen. Stops the run if the loss is not finite."""
         if not math.isfinite(values.get("loss", 0.0)):
             good = self.dir / "checkpoint.pt"
-            where = f"{good} (--resume, with a lower --lr)" if good.exists() else "none yet (lower --lr)"
-            raise RunFailed(f"the loss is {values['loss']} at step {step}; last good checkpoint: {where}")
+            where = f"the last good checkpoint is {good}" if good.exists() else "no checkpoint was due before it"
+            raise RunFailed(f"the loss is {values['loss']} at step {step}: start anew with a lower --lr; {where}")
         self._record(step, values)
         now = time.time() - self.t0
         left = now / max(1, step - self.first) * (self.cfg.steps - step)
@@ -220,7 +228,11 @@ class Run:
             raise SystemExit(128 + self.stop)
 
     def save(self, step, **parts):
-        """Write checkpoint.pt in one piece: a full disk or a kill leaves the previous one as it was."""
+        """Write checkpoint.pt in one piece: a full disk or a kill leaves the previous one as it was, and so does a
+        parameter that is no longer finite."""
+        for part in parts.values():
+            if isinstance(part, torch.nn.Module) and not all(bool(p.isfinite().all()) for p in part.parameters()):
+                self.log(step, loss=math.nan)  # raises, and names the last good checkpoint
         state = {"step": step, "seconds": self.elapsed(), "rng": torch.get_rng_state(),
                  "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
                  "parts": {k: v.state_dict() for k, v in parts.items()}}

@@ -29,6 +29,7 @@ ROWS = {  # name: (command, control that the paired differences are taken agains
     "kd-tau2": ("kd_forward.py --tau 2", "kd"),
 }
 SHOWN = ["kl_pq", "kl_qp", "valid", "valid_mass", "valid_greedy", "mode_distance", "rouge_l", "ce"]
+CURVE = ["kl_pq", "kl_qp", "valid", "mode_distance"]  # on validation rows, for the figures
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t, two-sided
 
 
@@ -45,9 +46,11 @@ def run(row, seed):
     out = ROOT / "out" / "results" / f"{row}-{seed}"
     print(f"python {command}", flush=True)
     subprocess.run([sys.executable, *command.split(), "--out", str(out), "--overwrite"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    curve = [{"step": x["step"], "seconds": x["seconds"], **{k: round(x["valid"][k], 4) for k in CURVE}} for x in log if "valid" in x]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {"row": row, "seed": seed, "command": f"python {command}", "commit": commit, "python": platform.python_version(),
-            "torch": torch.__version__, "transformers": transformers.__version__, "result": json.loads((out / "result.json").read_text())}
+            "torch": torch.__version__, "transformers": transformers.__version__, "curve": curve, "result": json.loads((out / "result.json").read_text())}
 
 
 def mean_sd(values):

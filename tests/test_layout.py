@@ -50,7 +50,7 @@ def commands():
     texts = [README] + [(ROOT / f"{m}.py").read_text().split('"""')[1] for m in METHODS]
     joined = "\n".join(texts).replace("\\\n", " ")
     return sorted({re.sub(r"\s{2,}.*", "", re.sub(r"\s+--", " --", line)).strip()
-                   for line in re.findall(rf"python ((?:{'|'.join(METHODS)})\.py[^\n`|#]*)", joined)})
+                   for line in re.findall(rf"python ((?:{'|'.join(METHODS)})\.py[^\n`]*)", joined)})
 
 
 @pytest.mark.parametrize("command", commands())

@@ -1,0 +1,258 @@
+"""Speed as ratios within one run: contenders take turns (A B C A B C ...), medians, correctness gate first.
+
+    python tests/bench.py [--rounds 3] [--json FILE] [--only kd_step sample]
+
+A ratio above 1 says that ours is faster (or smaller). `textbook` is the loop that everybody writes: both models'
+logits for every position, masked afterwards. It is written plainly below and stays as it is.
+"""
+import argparse
+import gc
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import common
+import kd_forward
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+B, T, RESPONSE = 16, 128, 50  # 39 % of the tokens are response tokens
+
+
+def model(hidden, layers, vocab, seed, dtype=torch.float32):
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden * 5 // 2, num_hidden_layers=layers,
+                         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
+                         tie_word_embeddings=True, eos_token_id=0, pad_token_id=0)
+    m = LlamaForCausalLM(config).to(DEVICE, dtype)
+    m.vocab = vocab
+    return m
+
+
+def examples(vocab, n=B, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for _ in range(n):
+        ids = torch.randint(1, vocab, (T,), generator=g).tolist()
+        out.append(common.Example(ids[:T - RESPONSE], ids[:T - RESPONSE], ids[T - RESPONSE:]))
+    return out
+
+
+def textbook_loss(student, teacher, batch, mask, dtype):
+    """What everybody writes: (B,T,V) logits of both models, shift, KL at every position, mask, mean."""
+    with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+        student_logits = student(input_ids=batch.tokens).logits[:, :-1].float()
+        with torch.no_grad():
+            teacher_logits = teacher(input_ids=batch.tokens).logits[:, :-1].float()
+    logp, logq = F.log_softmax(teacher_logits, -1), F.log_softmax(student_logits, -1)
+    kl = (logp.exp() * (logp - logq)).sum(-1)
+    return (kl * mask[:, 1:]).sum() / mask[:, 1:].sum()
+
+
+def our_loss(student, teacher, batch, fwd, teacher_fwd, dtype):
+    with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+        hidden = fwd(batch)
+        with torch.no_grad():
+            teacher_hidden = teacher_fwd(batch)
+    row_loss = lambda q, p, y: kd_forward.kd_loss(q, p, y, 1.0, 1.0)
+    return common.rowwise_loss(row_loss, student, hidden, batch.targets, teacher, teacher_hidden)[0] / len(batch.targets)
+
+
+def clock(call):
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def take_turns(contenders, rounds, repeat):
+    """{name: seconds of one call}: median over rounds, the contenders interleaved in every round."""
+    times = {name: [] for name in contenders}
+    for call in contenders.values():
+        call()  # warm-up
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            times[name].append(min(clock(call) for _ in range(repeat)))
+    return times
+
+
+def row(rows, work, baseline, times, note=""):
+    ours, theirs = times["ours"], times[baseline]
+    ratios = sorted(b / a for a, b in zip(ours, theirs))
+    rows.append({"work": work, "contender": "ours", "baseline": baseline, "ratio": round(statistics.median(ratios), 3),
+                 "lowest": round(ratios[0], 3), "highest": round(ratios[-1], 3),
+                 "ours_ms": round(1000 * statistics.median(ours), 2), "baseline_ms": round(1000 * statistics.median(theirs), 2)})
+    r = rows[-1]
+    print(f"{work:<22} against {baseline:<10} {r['ratio']:6.2f}x  ({r['lowest']:.2f} to {r['highest']:.2f})   "
+          f"{r['ours_ms']:9.1f} ms against {r['baseline_ms']:9.1f} ms {note}", flush=True)
+
+
+def bench_kd_step(rows, rounds, vocab, dtype, name):
+    teacher = model(512, 4, vocab, 1, dtype).eval().requires_grad_(False)
+    batch = common.collate(examples(vocab), teacher).to(DEVICE)
+    mask = torch.zeros(B, T, device=DEVICE)
+    mask[:, T - RESPONSE:] = 1
+    sides, losses, steps = {}, {}, {}
+    for side in ("ours", "textbook"):
+        student = model(256, 2, vocab, 2)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, fused=side == "ours")
+        fwd, teacher_fwd = common.response_states(student), common.response_states(teacher)
+        if side == "ours":
+            loss = lambda s=student, f=fwd, t=teacher_fwd: our_loss(s, teacher, batch, f, t, dtype)
+        else:
+            loss = lambda s=student: textbook_loss(s, teacher, batch, mask, dtype)
+
+        def step(loss=loss, optimizer=optimizer, student=student):
+            value = loss()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return value.item()
+        sides[side], losses[side], steps[side] = student, loss, step
+    # gate: five steps from the same weights on the same batch agree, or no time is printed
+    first = {side: [step() for _ in range(5)] for side, step in steps.items()}
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for a, b in zip(first["ours"], first["textbook"]):
+        assert math.isclose(a, b, rel_tol=tolerance), f"{name}: losses differ, {first}"
+    row(rows, name, "textbook", take_turns(steps, rounds, 3))
+
+    def forward_backward(side):
+        losses[side]().backward()
+        sides[side].zero_grad(set_to_none=True)
+    # the head alone: loss and gradient from given hidden states
+    with torch.no_grad():
+        hidden, teacher_hidden = common.response_states(sides["ours"])(batch).float(), common.response_states(teacher)(batch)
+        full, teacher_full = sides["ours"].base_model(batch.tokens)[0].float(), teacher.base_model(batch.tokens)[0]
+
+    def head_ours():
+        h = hidden.to(dtype).requires_grad_()
+        kd = lambda q, p, y: kd_forward.kd_loss(q, p, y, 1.0, 1.0)
+        common.rowwise_loss(kd, sides["ours"], h, batch.targets, teacher, teacher_hidden)[0].backward()
+
+    def head_textbook():
+        h = full.to(dtype).requires_grad_()
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            q = sides["ours"].lm_head(h)[:, :-1].float()
+            with torch.no_grad():
+                p = teacher.lm_head(teacher_full)[:, :-1].float()
+        logp, logq = F.log_softmax(p, -1), F.log_softmax(q, -1)
+        ((logp.exp() * (logp - logq)).sum(-1) * mask[:, 1:]).sum().backward()
+    row(rows, name.replace("step", "head"), "textbook", take_turns({"ours": head_ours, "textbook": head_textbook}, rounds, 3))
+
+
+def bench_sample(rows, rounds):
+    m = model(256, 4, 4000, 3).eval()
+    g = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, 4000, (8 + i % 24,), generator=g).tolist() for i in range(64)]
+    width = max(map(len, prompts))
+    ids, mask = common.pad(prompts, width, left=True).to(DEVICE), None
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
+    kw = dict(max_new_tokens=64, eos_token_id=0, pad_token_id=0)
+    theirs = m.generate(ids, attention_mask=mask, do_sample=False, **kw)[:, width:]
+    ours = common.sample(m, prompts, 64, temperature=0, eos=0)[0]
+    same = sum(o == t.tolist()[:len(o)] for o, t in zip(ours, theirs))
+    assert same >= 60, f"greedy decoding agrees for {same} of 64 prompts only"  # fp32 ties may fall either way
+    row(rows, "sample_b64", "generate", take_turns({
+        "ours": lambda: common.sample(m, prompts, 64, eos=0),
+        "generate": lambda: m.generate(ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, **kw)}, rounds, 1),
+        note="(no row ends early)")
+    with torch.no_grad():  # an end of sequence with probability about 1/30 a token: lengths vary as real ones do
+        bias = torch.zeros(4000, device=DEVICE)
+        bias[0] = math.log(4000 / 30)
+    head = m.lm_head
+    m.lm_head = torch.nn.Linear(256, 4000).to(DEVICE)
+    m.lm_head.weight, m.lm_head.bias = head.weight, torch.nn.Parameter(bias)
+    row(rows, "sample_b64_ragged", "generate", take_turns({
+        "ours": lambda: common.sample(m, prompts, 64, eos=0),
+        "generate": lambda: m.generate(ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, **kw)}, rounds, 1),
+        note="(ends about every 30 tokens)")
+
+
+def bench_cache(rows, rounds):
+    teacher, student = model(512, 6, 4000, 1).eval().requires_grad_(False), model(192, 2, 4000, 2)
+    data = examples(4000, 64)
+    cfg = SimpleNamespace(batch_size=16, accum=1, seed=0, compile=False, cache_gib=1.0)
+    batches = common.Batches(data, student, teacher, cfg, DEVICE)
+    fwd, plain = common.response_states(student), common.response_states(teacher)
+    cached = common.teacher_states(teacher, batches, cfg)
+
+    def epoch(states):
+        for step in range(4):
+            batch = batches.at(step)[0]
+            with torch.no_grad():
+                teacher_hidden = states(batch.teacher)
+            kd = lambda q, p, y: kd_forward.kd_loss(q, p, y, 1.0, 1.0)
+            common.rowwise_loss(kd, student, fwd(batch), batch.targets, teacher, teacher_hidden)[0].backward()
+    epoch(cached)
+    row(rows, "epoch2_cached", "epoch1", take_turns({"ours": lambda: epoch(cached), "epoch1": lambda: epoch(plain)}, rounds, 1))
+
+
+MEMORY = """
+import sys; sys.path.insert(0, "tests"); import bench, common, torch
+side, vocab = sys.argv[1], 152_000
+student, teacher = bench.model(64, 1, vocab, 2), bench.model(64, 1, vocab, 1).eval().requires_grad_(False)
+batch = common.collate(bench.examples(vocab), teacher)
+mask = torch.zeros(bench.B, bench.T); mask[:, bench.T - bench.RESPONSE:] = 1
+for p in student.parameters(): p.grad = torch.zeros_like(p)
+from assets.plumbing import peak_rss
+base = peak_rss()
+if side == "ours":
+    bench.our_loss(student, teacher, batch, common.response_states(student), common.response_states(teacher), torch.float32).backward()
+else:
+    bench.textbook_loss(student, teacher, batch, mask, torch.float32).backward()
+print(peak_rss() - base)
+"""
+
+
+def bench_memory(rows):
+    """Extra peak memory of forward and backward at V = 152k, each side in a process of its own."""
+    extra = {side: float(subprocess.run([sys.executable, "-c", MEMORY, side], capture_output=True, text=True, check=True,
+                                        cwd=Path(__file__).parents[1]).stdout.split()[-1]) for side in ("ours", "textbook")}
+    rows.append({"work": "loss_memory_v152k", "contender": "ours", "baseline": "textbook",
+                 "ratio": round(extra["textbook"] / max(extra["ours"], 1e-3), 2),
+                 "ours_gib": round(extra["ours"], 3), "baseline_gib": round(extra["textbook"], 3)})
+    print(f"loss_memory_v152k      against textbook   {rows[-1]['ratio']:6.2f}x   {extra['ours']:.2f} GiB against {extra['textbook']:.2f} GiB")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", default="")
+    parser.add_argument("--only", nargs="*", default=["kd_step", "sample", "cache", "memory"])
+    args = parser.parse_args()
+    rows = []
+    if "kd_step" in args.only:
+        for vocab, label in ((4000, "v4k"), (32000, "v32k")):
+            for dtype, kind in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+                bench_kd_step(rows, args.rounds, vocab, dtype, f"kd_step_{label}_{kind}")
+                gc.collect()
+    if "sample" in args.only:
+        bench_sample(rows, args.rounds)
+    if "cache" in args.only:
+        bench_cache(rows, args.rounds)
+    if "memory" in args.only:
+        bench_memory(rows)
+    if args.json:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'no GPU'}, torch {torch.__version__}"
+        Path(args.json).write_text(json.dumps({"machine": machine, "commit": commit, "gate": "passed", "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
