@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -236,18 +236,32 @@ def test_exit_status_and_one_line_on_stderr(config, tmp_path):
     assert done.returncode == 2 and done.stderr == "error: --data absent.jsonl: no such file\n"
 
 
-def test_sigterm_saves_and_resume_finishes(config, tmp_path):
-    cfg = config("llama", steps=3000, eval_every=100000, save_every=100000, log_every=10)
-    process = subprocess.Popen(script(cfg), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+def lines_of(command, cwd, last):
+    """Start a script and read its output until a line holds `last`; a watchdog ends it after a minute."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    seen = []
     for line in process.stdout:
-        if line.startswith("step    20/"):
-            process.send_signal(signal.SIGTERM)
+        seen.append(line)
+        if last in line:
             break
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143 and re.fullmatch(r"stopped by SIGTERM after step \d+, saved: --resume goes on\n", err)
+    return process, seen, watchdog
+
+
+def test_sigterm_saves_and_resume_goes_on(config, tmp_path):
+    cfg = config("llama", steps=3000, eval_every=100000, save_every=100000, log_every=10)
+    process, _, watchdog = lines_of(script(cfg), tmp_path, "step    20/")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    watchdog.cancel()
+    assert process.returncode == 143
+    assert re.fullmatch(r"stopped by SIGTERM after step \d+, saved: --resume goes on\n", err)
     step = torch.load(f"{cfg.out}/checkpoint.pt", weights_only=True)["step"]
     assert 20 <= step < 3000
-    process = subprocess.Popen(script(cfg, "--resume"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    assert any(f"at step {step}" in line for line in process.stdout if "resumed" in line or time.sleep(0))
+    process, seen, watchdog = lines_of(script(cfg, "--resume"), tmp_path, "resumed")
     process.kill()
-    process.wait()
+    process.communicate()
+    watchdog.cancel()
+    assert f"at step {step}" in seen[-1]

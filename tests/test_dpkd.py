@@ -1,0 +1,350 @@
+"""dpkd.py against its equations: nested loops, eight exact identities on a set of ten responses, and whole runs."""
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import dpkd
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def dpkd_config(config):
+    """dpkd_config(kind="gpt2", **settings) -> a dpkd.Config for a run of a second."""
+    def make(kind="gpt2", **settings):
+        shared = {k: v for k, v in dataclasses.asdict(config(kind)).items() if k in dpkd.Config.__dataclass_fields__}
+        return dpkd.Config(**{**shared, "eval_every": 4, **settings})
+    return make
+
+
+# ------------------------------------------------------------------------------ ten responses that can be enumerated
+def world(seed=0, n=10, spread=0.7):
+    """log p, logits of q and lengths of n responses to one prompt: (n,), (n,), (n,)."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.randn(n, generator=g, dtype=torch.double) * spread
+    return draw().log_softmax(0), draw(), torch.randint(1, 9, (n,), generator=g)
+
+
+def all_pairs(logq, logp, n, beta, length_norm=False):
+    """Loss and margin (n*n,) of every pair, y_t the slower index."""
+    t, s = (x.flatten() for x in torch.meshgrid(torch.arange(len(logq)), torch.arange(len(logq)), indexing="ij"))
+    return dpkd.preference_loss(logq[t], logp[t], logq[s], logp[s], n[t], n[s], beta, length_norm)
+
+
+def kl(a, b):
+    return (a.exp() * (a - b)).sum()
+
+
+def expected_gradient(z, logp, n, beta, from_t, from_s, length_norm=False):
+    """Gradient of the loss for z, expected over y_t ~ from_t and y_s ~ from_s, which count as given."""
+    z = z.detach().requires_grad_()
+    loss, _ = all_pairs(z.log_softmax(0), logp, n, beta, length_norm)
+    (from_t[:, None] * from_s).flatten().detach().mul(loss).sum().backward()
+    return z.grad
+
+
+def optimum(logp, n, beta, logq0, z=None, steps=60):
+    """The student that minimises the loss for negatives drawn from q0, by Newton's method."""
+    z = (logp if z is None else z).clone()
+    weights = (logp.exp()[:, None] * logq0.exp()).flatten()
+    objective = lambda z: (weights * all_pairs(z.log_softmax(0), logp, n, beta)[0]).sum()
+    for _ in range(steps):
+        g, h = torch.autograd.functional.jacobian(objective, z), torch.autograd.functional.hessian(objective, z)
+        move = torch.linalg.lstsq(h + 1e-14 * torch.eye(len(z), dtype=z.dtype), g[:, None]).solution[:, 0]
+        z = z - move * min(1.0, 1.0 / move.abs().max().item())
+        z = z - z.mean()
+    return z.log_softmax(0)
+
+
+def test_preference_loss_equals_the_equation_in_loops():
+    torch.manual_seed(0)
+    logq_t, logp_t, logq_s, logp_s = -10 * torch.rand(4, 6).double()
+    n_t, n_s = torch.randint(1, 9, (2, 6))
+    for norm in (False, True):
+        loss, margin = dpkd.preference_loss(logq_t, logp_t, logq_s, logp_s, n_t, n_s, 0.7, norm)
+        for i in range(6):
+            r_t = 0.7 * (logq_t[i].item() - logp_t[i].item()) / (n_t[i].item() if norm else 1)
+            r_s = 0.7 * (logq_s[i].item() - logp_s[i].item()) / (n_s[i].item() if norm else 1)
+            assert margin[i].item() == pytest.approx(r_t - r_s) and margin.shape == loss.shape == (6,)
+            assert loss[i].item() == pytest.approx(-math.log(1 / (1 + math.exp(-(r_t - r_s)))))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_1_the_gradient_has_the_corrected_sign(norm):
+    logp, z, n = world()
+    z.requires_grad_()
+    t, s, beta = 2, 7, 0.8
+    logq = z.log_softmax(0)
+    g_t, g_s = (torch.autograd.grad(logq[i], z, retain_graph=True)[0] for i in (t, s))
+    g_t, g_s = (g_t / n[t], g_s / n[s]) if norm else (g_t, g_s)
+    loss, margin = dpkd.preference_loss(logq[t], logp[t], logq[s], logp[s], n[t], n[s], beta, norm)
+    got = torch.autograd.grad(loss, z, retain_graph=True)[0]
+    assert torch.allclose(got, -beta * torch.sigmoid(-margin) * (g_t - g_s), atol=1e-14)
+    assert not torch.allclose(got, -beta * torch.sigmoid(margin) * (g_t - g_s), rtol=0.05)  # the paper's Eq. 11
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_2_a_student_equal_to_the_teacher_has_nothing_to_learn(norm):
+    logp, _, n = world()
+    loss, margin = all_pairs(logp, logp, n, 0.5, norm)
+    assert (margin == 0).all() and torch.allclose(loss, torch.full_like(loss, math.log(2)), rtol=1e-15)
+    assert expected_gradient(logp, logp, n, 0.5, logp.exp(), logp.exp(), norm).abs().max() < 1e-16
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_3_frozen_negatives_lead_beyond_the_teacher(beta):
+    logp, z, n = world(spread=0.4)
+    logq0 = z.log_softmax(0)
+    formula = (logp + (logp - logq0) / beta).log_softmax(0)
+    assert (optimum(logp, n, beta, logq0).exp() - formula.exp()).abs().max() < 1e-9
+    assert kl(logp, formula) > 0.01  # and that is not the teacher
+
+
+def test_4_the_expected_margin_of_fresh_pairs_is_minus_beta_times_jeffreys():
+    for seed in range(5):
+        logp, z, n = world(seed)
+        logq, beta = z.log_softmax(0), 0.3
+        _, margin = all_pairs(logq, logp, n, beta)
+        mean = ((logp.exp()[:, None] * logq.exp()).flatten() * margin).sum()
+        assert mean.item() == pytest.approx(-beta * (kl(logp, logq) + kl(logq, logp)).item(), abs=1e-14) and mean < 0
+
+
+def test_5_for_small_beta_the_gradient_is_that_of_seqkd():
+    logp, z, n = world()
+    forward = torch.autograd.functional.jacobian(lambda z: kl(logp, z.log_softmax(0)), z)
+    errors = []
+    for beta in (1e-1, 1e-2, 1e-3):
+        g = expected_gradient(z, logp, n, beta, logp.exp(), z.softmax(0))
+        errors.append(((g - beta / 2 * forward).norm() / (beta / 2 * forward).norm()).item())
+    assert errors[2] < 2e-3 and [errors[0] / errors[1], errors[1] / errors[2]] == pytest.approx([10, 10], rel=0.1)
+
+
+def test_6_the_token_loss_moves_exactly_two_logits():
+    torch.manual_seed(0)
+    q, p, y = 2 * torch.randn(40, 6).double(), 2 * torch.randn(40, 6).double(), torch.randint(6, (40,))
+    q.requires_grad_()
+    loss, preference, ce, margin, agree = dpkd.token_preference_loss(q, p, y, 0.4, 1.0, 0.0)
+    a, b = p.argmax(-1), q.argmax(-1)
+    grad = torch.autograd.grad(loss.sum(), q)[0]
+    assert margin.max() == 0 and torch.equal(agree == 1, a == b) and 0 < agree.sum() < 40
+    assert (loss >= math.log(2) - 1e-15).all() and torch.equal(loss, preference)
+    assert torch.equal((grad != 0).sum(-1), torch.where(a == b, 0, 2))
+    for i in range(40):  # the gradient of the spec, and the loss with all its log-softmaxes written out
+        lq, lp = ([v - math.log(sum(math.exp(w) for w in z)) for v in z] for z in (q[i].tolist(), p[i].tolist()))
+        delta = 0.4 * ((lq[a[i]] - lq[b[i]]) - (lp[a[i]] - lp[b[i]]))
+        assert margin[i].item() == pytest.approx(delta, abs=1e-12) and ce[i].item() == pytest.approx(-lq[y[i]])
+        assert loss[i].item() == pytest.approx(math.log(1 + math.exp(-delta)))
+        wanted = torch.zeros(6).double()
+        wanted[a[i]] -= 0.4 / (1 + math.exp(delta))
+        wanted[b[i]] += 0.4 / (1 + math.exp(delta))
+        assert torch.allclose(grad[i], wanted, atol=1e-14)
+    mixed = dpkd.token_preference_loss(q, p, y, 0.4, 0.5, 0.25)[0]
+    assert torch.allclose(mixed, 0.5 * preference + 0.25 * ce)
+
+
+def test_7_equals_dpo_with_the_teacher_as_reference():
+    def dpo(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):  # Rafailov et al. 2023, Eq. 7
+        logits = (policy_chosen - policy_rejected) - (reference_chosen - reference_rejected)
+        return -F.logsigmoid(beta * logits)
+    torch.manual_seed(1)
+    logq_t, logp_t, logq_s, logp_s = -20 * torch.rand(4, 8).double()
+    ours, _ = dpkd.preference_loss(logq_t, logp_t, logq_s, logp_s, None, None, 0.3, False)
+    assert torch.allclose(ours, dpo(logq_t, logq_s, logp_t, logp_s, 0.3))
+    assert dpkd.preference_loss(*torch.tensor([[-9e3], [0.0], [0.0], [0.0]]), 1, 1, 1.0, False)[0].item() == 9e3  # no inf
+
+
+def test_7_identical_pairs_give_zero_gradient():
+    logp, z, n = world()
+    z.requires_grad_()
+    logq = z.log_softmax(0)
+    for norm in (False, True):
+        loss, margin = dpkd.preference_loss(logq, logp, logq, logp, n, n, 0.5, norm)
+        assert (margin == 0).all() and (torch.autograd.grad(loss.sum(), z, retain_graph=True)[0] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_7_prompts_and_pads_do_not_count_and_eos_does(dpkd_config, kind):
+    """log q of a response does not depend on its companions in the batch and is the textbook's sum, EOS included."""
+    student, teacher, tokenizer = common.load_pair(dpkd_config(kind), CPU)
+    examples = [common.Example(p, p, r + [tokenizer.eos_token_id])
+                for p, r in (([5, 6, 7, 1], [8, 9]), ([5, 6] * 5 + [1], [9, 10, 11, 12, 13, 14]), ([7, 1], [20]))]
+    batch, fwd = common.collate(examples, student), common.response_states(student)
+    together = dpkd.response_logprobs(common.token_logprobs(student, fwd(batch), batch.targets), batch)
+    for i, e in enumerate(examples):
+        if student.config.is_encoder_decoder:
+            start = [student.config.decoder_start_token_id]
+            logits = student(input_ids=torch.tensor([e.prompt]), decoder_input_ids=torch.tensor([start + e.response[:-1]])).logits[0]
+        else:
+            logits = student(input_ids=torch.tensor([e.prompt + e.response])).logits[0, len(e.prompt) - 1:-1]
+        logq = logits[:, :student.vocab].log_softmax(-1)
+        assert together[i].item() == pytest.approx(sum(logq[j, t].item() for j, t in enumerate(e.response)), rel=1e-5)
+
+
+def test_8_converging_on_each_set_of_negatives_multiplies_the_error_by_minus_one_over_beta():
+    logp, z, n = world(spread=0.15)
+    for beta, closer in ((0.5, False), (2.0, True)):
+        logq, kls = z.log_softmax(0), []
+        for _ in range(2):
+            rho = logq - logp
+            logq = optimum(logp, n, beta, logq)
+            shift = (logq - logp) + rho / beta
+            assert (shift - shift.mean()).abs().max() < 1e-7
+            kls.append((kl(logp, (rho + logp)).item(), kl(logp, logq).item()))
+        assert all((after < before) == closer for before, after in kls)
+
+
+def test_online_negatives_have_the_teacher_as_their_fixed_point():
+    """One small step for each new set of negatives: KL falls to zero where frozen ones would leave far off."""
+    logp, z, n = world()
+    for norm in (False, True):
+        z1 = z.clone()
+        for _ in range(800):
+            z1 -= 8.0 * expected_gradient(z1, logp, n, 0.5, logp.exp(), z1.softmax(0), norm)
+        assert kl(logp, z1.log_softmax(0)) < 1e-8
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+def records(cfg, key):
+    return [r for r in map(json.loads, open(f"{cfg.out}/log.jsonl")) if key in r]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_whole_run(dpkd_config, kind, level):
+    cfg = dpkd_config(kind, level=level, steps=8, lr=3e-3)
+    result = dpkd.train(cfg)
+    jeffreys = lambda when: result[f"{when}.kl_pq"] + result[f"{when}.kl_qp"]  # what both losses and the margin are about
+    assert jeffreys("after") < jeffreys("before") and result["method"] == "dpkd"
+    steps, evaluated = records(cfg, "loss"), [r["valid"] for r in records(cfg, "valid")]
+    assert all(math.isfinite(r["loss"]) for r in steps) and all("fresh_margin" in v for v in evaluated)
+    assert evaluated[0]["fresh_margin"] < 0
+    if level == "sequence":
+        r = steps[0]
+        assert r["loss"] == pytest.approx(cfg.preference * r["preference"] + cfg.anchor * r["ce"], rel=1e-5)
+        assert {"margin", "nll_t", "nll_s", "same", "no_end", "norm_preference", "norm_anchor"} <= set(r)
+        assert 0 < r["norm_preference"] and 0 <= r["no_end"] <= 1
+    else:
+        assert all(r["margin"] <= 0 and 0 <= r["agree"] <= 1 and r["preference"] >= math.log(2) - 1e-6 for r in steps)
+
+
+def interrupted(cfg, monkeypatch):
+    """Kill the run two steps after its checkpoint of step 3, then resume it."""
+    end_step = common.Run.end_step
+
+    def killed(self, step, **parts):
+        end_step(self, step, **parts)
+        if step == 5:
+            raise SystemExit(9)
+    monkeypatch.setattr(common.Run, "end_step", killed)
+    with pytest.raises(SystemExit):
+        dpkd.train(cfg)
+    monkeypatch.setattr(common.Run, "end_step", end_step)
+    return dpkd.train(dataclasses.replace(cfg, resume=True))
+
+
+@pytest.mark.parametrize("negatives", ["online", "epoch", "frozen"])
+def test_resume_ends_bitwise_like_an_uninterrupted_run(dpkd_config, negatives, tmp_path, monkeypatch, capsys):
+    """64 prompts, 16 a step: the checkpoint of step 3 lies inside an epoch, and its y_s come from weights of step 0."""
+    kw = dict(negatives=negatives, steps=6, batch_size=16, lr=3e-3, eval_every=9)
+    drawn, sampled = [], common.sampled
+    monkeypatch.setattr(common, "sampled", lambda *a, **k: drawn.append(len(a[1])) or sampled(*a, **k))
+    whole = dpkd.train(dpkd_config(out=str(tmp_path / "whole"), **kw))
+    n = len([d for d in drawn if d > 4])  # all but the four validation and test rows, and the teacher's own answers
+    assert n == {"online": 6, "epoch": 2, "frozen": 1}[negatives] + 1
+    resumed = interrupted(dpkd_config(out=str(tmp_path / "cut"), save_every=3, **kw), monkeypatch)
+    assert "at step 3" in capsys.readouterr().out
+    same = lambda r: {k: v for k, v in r.items() if k not in ("seconds", "peak_gib")}
+    assert same(whole) == same(resumed)
+
+
+def test_identical_pairs_are_counted_and_move_nothing(dpkd_config, monkeypatch):
+    """A student that says just what the teacher said: log 2 at every step and not the smallest step taken."""
+    cfg, sampled, answers = dpkd_config(anchor=0.0, weight_decay=0.0), common.sampled, {}
+
+    def echo(model, examples, tokenizer, cfg, temperature=1.0, seed=0, side="student"):
+        if side == "teacher":
+            return [answers.setdefault(tuple(e.prompt), e) for e in sampled(model, examples, tokenizer, cfg, temperature, seed, side)]
+        return [answers.get(tuple(e.prompt), e) for e in examples]
+    monkeypatch.setattr(common, "sampled", echo)
+    dpkd.train(cfg)
+    assert all(r["same"] == 1 and r["margin"] == 0 and r["grad_norm"] == 0 for r in records(cfg, "loss"))
+    assert all(r["loss"] == pytest.approx(math.log(2)) for r in records(cfg, "loss"))
+
+
+def test_every_negative_is_the_students_own_and_scored_by_the_teacher(dpkd_config, monkeypatch):
+    """What the loss is given equals a second computation, with a teacher that reads another template."""
+    seen, real = [], dpkd.preference_loss
+    monkeypatch.setattr(dpkd, "preference_loss", lambda *a: seen.append([x.detach() if torch.is_tensor(x) else x for x in a]) or real(*a))
+    pools, end_step = [], common.Run.end_step
+    monkeypatch.setattr(common.Run, "end_step", lambda self, step, **p: pools.append(dict(p["negatives"])) or end_step(self, step, **p))
+    cfg = dpkd_config(steps=1, accum=2, teacher_template="Sort: {prompt} =\\n")
+    student, teacher, tokenizer = common.load_pair(cfg, CPU)  # the student before its step
+    dpkd.train(cfg)
+    data = common.load_data(cfg, student, teacher, tokenizer)
+    examples = common.teacher_answers(teacher, data.train, tokenizer, cfg)
+    ids = [i for b in common.Batches(examples, student, teacher, cfg, CPU).at(0) for i in b.ids]
+    score = lambda model, part, side: common.per_response(
+        lambda q, p, y: (common.log_softmax_at(q, y),), model, None, part, cfg, side)[:, 0]
+    y_t, y_s = [examples[i] for i in ids], [dataclasses.replace(examples[i], response=pools[0][i][0]) for i in ids]
+    inside = [a for a in seen if len(a[0]) == 4 and a[0].dtype == torch.float32][:2]  # evaluation is in float64
+    logq_t, logp_t, logq_s, logp_s, n_t, n_s = (torch.cat(x) for x in list(zip(*inside))[:6])
+    for got, wanted in ((logq_t, score(student, y_t, "student")), (logp_t, score(teacher, y_t, "teacher")),
+                        (logq_s, score(student, y_s, "student")), (logp_s, score(teacher, y_s, "teacher"))):
+        assert torch.allclose(got.double(), wanted, rtol=1e-4, atol=1e-4)
+    assert n_t.tolist() == [len(e.response) for e in y_t] and n_s.tolist() == [len(e.response) for e in y_s]
+
+
+def test_accumulation_gives_one_result(dpkd_config, tmp_path):
+    """(8,1), (8,4), with a corpus too: pairs by pairs, tokens by tokens of the whole step."""
+    text = tmp_path / "corpus.txt"
+    text.write_text("the cat sat .\n\nthe dog ran under the tree and it was happy\n\n" * 20)
+    runs = []
+    for accum in (1, 4):
+        cfg = dpkd_config(steps=2, accum=accum, lm_coef=0.5, corpus=str(text), out=str(tmp_path / str(accum)))
+        dpkd.train(cfg)
+        runs.append(records(cfg, "loss"))
+    for a, b in zip(*runs):
+        assert all(a[k] == pytest.approx(b[k], rel=2e-3) for k in ("loss", "preference", "ce", "nll_t", "nll_s", "grad_norm"))
+    assert {"norm_preference", "norm_anchor", "norm_lm"} <= set(runs[0][0])
+
+
+def test_controls(dpkd_config, tmp_path):
+    anchor = dpkd_config(preference=0.0, anchor=1.0, out=str(tmp_path / "a"))  # SeqKD
+    assert dpkd.train(anchor)["after.kl_pq"] > 0
+    r = records(anchor, "loss")[0]
+    assert r["loss"] == pytest.approx(r["ce"]) and r["norm_preference"] == 0
+    result = dpkd.train(dpkd_config(level="reverse_kl", steps=8, lr=3e-3, teacher_template="Sort: {prompt} =\\n", out=str(tmp_path / "r")))
+    assert result["after.kl_qp"] < result["before.kl_qp"]
+    dpkd.train(dpkd_config(length_norm=True, beta=2.0, steps=2, out=str(tmp_path / "n")))
+
+
+def test_bad_input(dpkd_config, tmp_path):
+    for settings, sentence in (
+            (dict(beta=0.0), "--beta 0.0: must lie"), (dict(beta=-1.0), "--beta -1.0: must lie"),
+            (dict(beta=float("nan")), "--beta nan"), (dict(level="word"), "--level word: choose one of"),
+            (dict(negatives="never"), "--negatives never: choose one of"), (dict(teacher="none"), "name one"),
+            (dict(lm_coef=0.5), "--lm-coef 0.5 needs a text"), (dict(lm_coef=0.5, corpus="/nowhere"), "/nowhere: .*No such file"),
+            (dict(preference=0.0, anchor=0.0), "nothing to train")):
+        with pytest.raises(common.BadInput, match=sentence):
+            dpkd.train(dpkd_config(**settings))
+        assert not (tmp_path / "run").exists()
+    for name, text in (("a.txt", b"\xff\xfe"), ("b.txt", b" \n\n "), ("c.jsonl", b'{"txt": "a"}\n'), ("d.jsonl", b"{"), ("e.jsonl", b'{"text": 1}')):
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(common.BadInput, match=name):
+            dpkd.train(dpkd_config(lm_coef=0.5, corpus=str(tmp_path / name)))
+
+
+def test_a_corpus_is_cut_into_blocks_with_ends_of_documents(dpkd_config, tmp_path):
+    cfg = dpkd_config()
+    tokenizer = common.load_tokenizer(cfg.student, "student")
+    (tmp_path / "a.txt").write_text("the cat\nsat\n\n \na dog\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "the cat\\nsat"}\n\n{"text": "a dog"}\n')
+    plain, rows = (common.load_corpus(tmp_path / name, tokenizer, cfg) for name in ("a.txt", "a.jsonl"))
+    assert plain == rows and tokenizer.decode(plain[0].response) == "the cat\nsat<|endoftext|>a dog<|endoftext|>"
+    cfg.max_response = 2
+    assert [len(e.response) for e in common.load_corpus(tmp_path / "a.txt", tokenizer, cfg)][:2] == [2, 2]
