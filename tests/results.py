@@ -17,19 +17,36 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "assets/results.jsonl"
-SEEDS = range(10, 15)
-ROWS = {  # name: (command, control that the paired differences are taken against)
-    "sft": ("kd_forward.py --alpha 0", None),
-    "kd": ("kd_forward.py", "sft"),
-    "seqkd": ("kd_forward.py --responses teacher --alpha 0", "sft"),
-    "kd-teacher": ("kd_forward.py --responses teacher", "seqkd"),
-    "sft-2x": ("kd_forward.py --alpha 0 --steps 1000", "kd"),  # the seconds of kd
-    "seqkd-2x": ("kd_forward.py --responses teacher --alpha 0 --steps 1000", "kd-teacher"),  # those of kd-teacher
-    "kd-half": ("kd_forward.py --alpha 0.5", "kd"),
-    "kd-tau2": ("kd_forward.py --tau 2", "kd"),
+SEEDS = range(10, 15)  # rows with 3 seeds use the first three
+TABLES = {  # table: {row: (command, controls that paired differences are taken against, seeds)}
+    "kd": {
+        "sft": ("kd_forward.py --alpha 0", [], 5),
+        "kd": ("kd_forward.py", ["sft", "sft-2x"], 5),
+        "seqkd": ("kd_forward.py --responses teacher --alpha 0", ["sft"], 5),
+        "kd-teacher": ("kd_forward.py --responses teacher", ["seqkd", "seqkd-2x"], 5),
+        "sft-2x": ("kd_forward.py --alpha 0 --steps 1000", [], 5),  # the seconds of kd
+        "seqkd-2x": ("kd_forward.py --responses teacher --alpha 0 --steps 1000", [], 5),  # those of kd-teacher
+        "kd-half": ("kd_forward.py --alpha 0.5", ["kd"], 5),
+        "kd-tau2": ("kd_forward.py --tau 2", ["kd"], 5),
+    },
+    "dpkd": {
+        "dpkd": ("dpkd.py", ["sft", "seqkd", "kd-teacher", "reverse-kl"], 5),
+        "dpkd-alone": ("dpkd.py --anchor 0", ["seqkd", "reverse-kl", "dpkd"], 5),
+        "reverse-kl": ("dpkd.py --level reverse_kl", ["seqkd"], 5),
+        "frozen-b01": ("dpkd.py --negatives frozen --beta 0.1 --anchor 0", ["seqkd"], 5),
+        "online-b01": ("dpkd.py --beta 0.1 --anchor 0", ["frozen-b01"], 5),
+        "frozen-b01-anchor": ("dpkd.py --negatives frozen --beta 0.1", ["frozen-b01"], 5),
+        "anchor-alone": ("dpkd.py --preference 0", ["dpkd"], 3),
+        "epoch-b01": ("dpkd.py --negatives epoch --beta 0.1 --anchor 0", ["frozen-b01"], 3),
+        "length-norm": ("dpkd.py --length-norm --beta 2", ["dpkd"], 3),
+        "token": ("dpkd.py --level token --beta 0.1 --preference 0.5", ["seqkd"], 3),
+        "token-alone": ("dpkd.py --level token --beta 0.1 --preference 0.5 --anchor 0", ["token"], 3),
+    },
 }
+ROWS = {row: what for table in TABLES.values() for row, what in table.items()}
 SHOWN = ["kl_pq", "kl_qp", "valid", "valid_mass", "valid_greedy", "mode_distance", "rouge_l", "ce"]
-CURVE = ["kl_pq", "kl_qp", "valid", "mode_distance"]  # on validation rows, for the figures
+CURVE = ["kl_pq", "kl_qp", "valid", "mode_distance", "fresh_margin", "fresh_nll_t", "fresh_nll_s"]  # validation
+TRAIN = ["margin", "nll_t", "nll_s", "norm_preference", "norm_anchor"]  # training batches, where the method logs them
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t, two-sided
 
 
@@ -47,10 +64,12 @@ def run(row, seed):
     print(f"python {command}", flush=True)
     subprocess.run([sys.executable, *command.split(), "--out", str(out), "--overwrite"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    curve = [{"step": x["step"], "seconds": x["seconds"], **{k: round(x["valid"][k], 4) for k in CURVE}} for x in log if "valid" in x]
+    pick = lambda x, v, keys: {"step": x["step"], "seconds": x["seconds"], **{k: round(v[k], 4) for k in keys if k in v}}
+    curve = [pick(x, x["valid"], CURVE) for x in log if "valid" in x]
+    train = [pick(x, x, TRAIN) for x in log if "margin" in x]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {"row": row, "seed": seed, "command": f"python {command}", "commit": commit, "python": platform.python_version(),
-            "torch": torch.__version__, "transformers": transformers.__version__, "curve": curve, "result": json.loads((out / "result.json").read_text())}
+            "torch": torch.__version__, "transformers": transformers.__version__, "curve": curve, **({"train": train} if train else {}), "result": json.loads((out / "result.json").read_text())}
 
 
 def mean_sd(values):
@@ -58,30 +77,31 @@ def mean_sd(values):
     return m, math.sqrt(sum((v - m) ** 2 for v in values) / max(1, len(values) - 1))
 
 
-def table(records):
+def table(records, name):
+    rows = TABLES[name]
     value = lambda row, seed, key: records[row, seed]["result"].get(key, float("nan"))
     seeds = {row: sorted(s for r, s in records if r == row) for row in ROWS}
-    print("| row | command | seeds | " + " | ".join(SHOWN) + " | seconds |\n|" + "---|" * (len(SHOWN) + 4))
+    print(f"\n### {name}\n\n| row | command | seeds | " + " | ".join(SHOWN) + " | seconds |\n|" + "---|" * (len(SHOWN) + 4))
     for which in ("teacher", "before"):
-        ss = seeds["kd"]
-        cells = [f"{mean_sd([value('kd', s, f'{which}.{k}') for s in ss])[0]:.3f}" for k in SHOWN]
-        print(f"| {which} | | {len(ss)} | " + " | ".join(cells) + " | |")
-    for row, (command, _) in ROWS.items():
+        cells = ["{:.3f} ± {:.3f}".format(*mean_sd([value("kd", s, f"{which}.{k}") for s in seeds["kd"]])) for k in SHOWN]
+        print(f"| {which} | | {len(seeds['kd'])} | " + " | ".join(cells) + " | |")
+    for row, (command, _, _) in rows.items():
         if seeds[row]:
             cells = ["{:.3f} ± {:.3f}".format(*mean_sd([value(row, s, f"after.{k}") for s in seeds[row]])) for k in SHOWN]
             seconds = mean_sd([value(row, s, "seconds") for s in seeds[row]])[0]
             print(f"| {row} | `python {command}` | {len(seeds[row])} | " + " | ".join(cells) + f" | {seconds:.0f} |")
     print("\nPaired differences, mean and 95 % interval (Student's t over seeds):\n")
     print("| row minus control | " + " | ".join(SHOWN) + " |\n|" + "---|" * (len(SHOWN) + 1))
-    for row, (_, control) in ROWS.items():
-        both = [s for s in seeds[row] if control and s in seeds[control]]
-        if len(both) > 1:
-            cells = []
-            for k in SHOWN:
-                m, sd = mean_sd([value(row, s, f"after.{k}") - value(control, s, f"after.{k}") for s in both])
-                half = T95.get(len(both) - 1, 2.0) * sd / math.sqrt(len(both))
-                cells.append(f"{m:+.3f} [{m - half:+.3f}, {m + half:+.3f}]")
-            print(f"| {row} - {control} | " + " | ".join(cells) + " |")
+    for row, (_, controls, _) in rows.items():
+        for control in controls:
+            both = [s for s in seeds[row] if s in seeds[control]]
+            if len(both) > 1:
+                cells = []
+                for k in SHOWN:
+                    m, sd = mean_sd([value(row, s, f"after.{k}") - value(control, s, f"after.{k}") for s in both])
+                    half = T95.get(len(both) - 1, 2.0) * sd / math.sqrt(len(both))
+                    cells.append(f"{m:+.3f} [{m - half:+.3f}, {m + half:+.3f}]")
+                print(f"| {row} - {control} ({len(both)} seeds) | " + " | ".join(cells) + " |")
 
 
 def main():
@@ -89,6 +109,7 @@ def main():
     parser.add_argument("--print", action="store_true", dest="only_print")
     parser.add_argument("--again", nargs=2, metavar=("ROW", "SEED"))
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="only these rows")
+    parser.add_argument("--seeds", nargs="*", type=int, help="only these seeds")
     args = parser.parse_args()
     records = load()
     if args.again:
@@ -100,13 +121,14 @@ def main():
             print(f"{k:<15}{a:10.4f} committed {b:10.4f} now   {'same' if abs(a - b) <= 1e-6 else f'{abs(a - b) / max(sd, 1e-9):.2f} sd away'}")
         return
     if not args.only_print:
-        for seed in SEEDS:
+        for i, seed in enumerate(SEEDS):
             for row in args.rows:
-                if (row, seed) not in records:
+                if (row, seed) not in records and i < ROWS[row][2] and seed in (args.seeds or SEEDS):
                     records[row, seed] = run(row, seed)
                     with open(FILE, "a") as f:
                         f.write(json.dumps(records[row, seed]) + "\n")
-    table(records)
+    for name in TABLES:
+        table(records, name)
 
 
 if __name__ == "__main__":
