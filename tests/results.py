@@ -26,6 +26,7 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "kd-teacher": ("kd_forward.py --responses teacher", ["seqkd", "seqkd-2x"], 5),
         "sft-2x": ("kd_forward.py --alpha 0 --steps 1000", [], 5),  # the seconds of kd
         "seqkd-2x": ("kd_forward.py --responses teacher --alpha 0 --steps 1000", [], 5),  # those of kd-teacher
+        "kd-teacher-2x": ("kd_forward.py --responses teacher --steps 1000 --cache-gib 1", ["seqkd-2x"], 5),  # cached
         "kd-half": ("kd_forward.py --alpha 0.5", ["kd"], 5),
         "kd-tau2": ("kd_forward.py --tau 2", ["kd"], 5),
     },
