@@ -1,63 +1,200 @@
 """Draw the figures of the README from the committed assets/results.jsonl:  python -m assets.figures
 
-Needs matplotlib, which nothing else does."""
+Needs matplotlib, which nothing else does. Other records, another folder: python -m assets.figures FILE FOLDER"""
 import json
-import math
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
+
 HERE = Path(__file__).parent
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: safe for colour-blind eyes
+BLUE, RED, GREEN = COLORS[:3]
+TICKS = [.1, .2, .3, .4, .5, .7, 1, 3, 10, 30, 100, 300, 1000, 3000]  # of logarithmic axes
 
 
-def curves(records, rows, row_names, file, title):
+def spread(places, gap, low=-np.inf, high=np.inf):
+    """Places moved as little as possible until neighbours are gap apart: isotonic regression of place - rank gap."""
+    order, blocks = sorted(range(len(places)), key=lambda i: places[i]), []
+    for rank, i in enumerate(order):
+        blocks.append((places[i] - rank * gap, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, n), (b, m) = blocks[-2:]
+            blocks[-2:] = [((n * a + m * b) / (n + m), n + m)]
+    flat = np.repeat([a for a, _ in blocks], [n for _, n in blocks]).clip(low, high - (len(places) - 1) * gap)
+    return [flat[order.index(i)] + order.index(i) * gap for i in range(len(places))]
+
+
+def softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def kl(p, q):
+    return (p * (np.log(p) - np.log(np.maximum(q, 1e-300)))).sum(-1)
+
+
+def beyond(p, q0, beta):
+    """Where the preference loss leads when y_s stays drawn from q0: p (p/q0)^(1/beta), normalised."""
+    return softmax(np.log(p) + (np.log(p) - np.log(q0)) / beta)
+
+
+def descend(p, q0, beta, refresh, steps, rate=0.2):
+    """Exact expected gradient descent of dpkd's loss on a table of n responses; y_s is drawn anew every refresh steps.
+
+    beta and refresh broadcast, say (A,1) and (B,) -> q of (A,B,n). Steps of rate/beta: all betas start equally fast."""
+    beta, refresh = (x[..., None] for x in np.broadcast_arrays(np.float64(beta), np.float64(refresh)))
+    z = np.log(q0) + np.zeros(beta.shape)  # logits
+    drawn = 0  # the distribution of y_s
+    for step in range(steps):
+        drawn = np.where(step % refresh == 0, softmax(z), drawn)
+        rho = z - np.log(p)
+        margin = beta[..., None] * (rho[..., :, None] - rho[..., None, :])  # (A,B,n,n): y_t, y_s
+        pull = p[:, None] * drawn[..., None, :] / (1 + np.exp(np.minimum(margin, 500)))  # Pr(pair) sigmoid(-margin)
+        z += rate * (pull.sum(-1) - pull.sum(-2))
+    return softmax(z)
+
+
+def tabular():
+    """Ten responses to one prompt: what the student converges to, and KL(p||q) over beta and the age of y_s."""
+    p = np.array([.25, .20, .15, .12, .10, .07, .05, .03, .02, .01])
+    q0 = np.array([.33, .12, .20, .08, .13, .03, .06, .015, .025, .01])
+    betas, intervals = np.array([5, 2, 1, .5, .2, .1, .05]), np.array([1, 10, 30, 100, 300, 1000, np.inf])
+    return dict(p=p, q0=q0, frozen=beyond(p, q0, 0.1), online=descend(p, q0, 0.1, 1, 5000), betas=betas,
+                intervals=intervals, grid=kl(p, descend(p, q0, betas[:, None], intervals, 5000)))
+
+
+def panels(n, title, height=3.3, between=1.75, left=0.65, right=1.2, **kwargs):
+    """A figure 10.5 inches wide of n panels; margins in inches, so that labels at line ends find their place."""
+    import matplotlib.figure
+    matplotlib.rc("axes", titlesize=10, titlelocation="left")
+    matplotlib.rc("axes.spines", top=False, right=False)
+    figure = matplotlib.figure.Figure((10.5, height), dpi=160, facecolor="white")
+    axes = figure.subplots(1, n, **kwargs)
+    figure.subplots_adjust(left=left / 10.5, right=1 - right / 10.5, bottom=0.55 / height, top=1 - 0.65 / height,
+                           wspace=between * n / (10.5 - left - right - (n - 1) * between))
+    figure.suptitle(title, x=0.01, y=1 - 0.08 / height, ha="left", va="top", fontsize=11, fontweight="bold")
+    return figure, axes
+
+
+def log_scale(axis):
+    """Logarithmic, on both sides of 0 if the data are; plain numbers as ticks, not powers of ten."""
+    both = axis.dataLim.y0 < 0
+    axis.set_yscale("symlog" if both else "log", **dict(linthresh=1, linscale=0.5) if both else {})
+    low, high = axis.get_ylim()
+    ticks = [t for t in ([-t for t in TICKS[6:]] + [0] + TICKS[6:] if both else TICKS) if low <= t <= high]
+    axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axis.set_yticks([], minor=True)
+    if both:
+        axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+
+
+def draw_runs(axis, runs, color):
+    """Runs [[(step, value)]]: each a thin line, their mean a thick one. The last step and the mean there."""
+    for run in runs:
+        axis.plot(*zip(*run), color=color, linewidth=0.6, alpha=0.35)
+    mean = np.mean(runs, 0)
+    axis.plot(*mean.T, color=color, linewidth=2)
+    return mean[-1]
+
+
+def end_labels(axis, ends):
+    """Label lines at their right ends, [((x, y), text, colour)], without overlap; when the limits are final."""
+    points = lambda y: axis.transData.transform((0, y))[1] * 72 / axis.figure.dpi
+    low, high = map(points, axis.get_ylim())
+    last, places = max(x for (x, _), _, _ in ends), spread([points(y) for (_, y), _, _ in ends], 13, low + 5, high - 5)
+    for ((_, y), text, color), place in zip(ends, places):
+        axis.annotate(text, (last, y), (6, place - points(y)), textcoords="offset points", color=color, va="center")
+
+
+def curves(records, names, title):
     """Three metrics on validation prompts over steps: mean over seeds, each seed a thin line, labels at the ends."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.4), dpi=160)
+    figure, axes = panels(3, title)
     for axis, key, label in zip(axes, ("kl_pq", "valid", "mode_distance"), (
             "KL(p||q), nats a response", "right answers at T = 1", "distance of wording shares")):
         ends = []
-        for row, color in zip(rows, COLORS):
-            runs = [r["curve"] for r in records if r["row"] == row]
-            steps = [x["step"] for x in runs[0]]
-            for run in runs:
-                axis.plot(steps, [x[key] for x in run], color=color, linewidth=0.6, alpha=0.35)
-            mean = [sum(run[i][key] for run in runs) / len(runs) for i in range(len(steps))]
-            axis.plot(steps, mean, color=color, linewidth=2)
-            ends.append([mean[-1], row_names[row], color])
+        for (row, name), color in zip(names.items(), COLORS):
+            runs = [[(x["step"], x[key]) for x in r["curve"]] for r in records if r["row"] == row]
+            ends.append((draw_runs(axis, runs, color), name, color))
         if key == "kl_pq":
-            axis.set_yscale("log")
-        low, high = axis.get_ylim()
-        place = (lambda y: y) if key != "kl_pq" else math.log
-        gap, last = 0.075 * (place(high) - place(low)), None
-        for end in sorted(ends):  # labels at the line ends, pushed apart where they would overlap
-            at = place(end[0]) if last is None else max(place(end[0]), last + gap)
-            last = at
-            y = at if key != "kl_pq" else math.exp(at)
-            axis.annotate(end[1], (steps[-1], y), xytext=(5, 0), textcoords="offset points", color=end[2], va="center")
-        axis.set_title(label, loc="left", fontsize=10)
-        axis.set_xlabel("optimizer steps")
-        axis.set_xticks(steps[::2] if len(steps) > 4 else steps)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    figure.tight_layout(w_pad=4.5)
-    figure.savefig(file, facecolor="white")
-    plt.close(figure)
-    print(file)
+            log_scale(axis)
+        axis.set(title=label, xlabel="optimizer steps")
+        end_labels(axis, ends)
+    return figure
 
 
-def main():
+def pairs(records, names, lines, between, title):
+    """A panel for each row, lines {label: (where it is logged, key, colour)}; margins are divided by beta."""
+    figure, axes = panels(len(names), title, between=between, right=between, sharey=True)
+    ends = {axis: [] for axis in axes}
+    for axis, (row, name) in zip(axes, names.items()):
+        for label, (where, key, color) in lines.items():
+            unit = lambda r: float(re.search(r"--beta (\S+)", r["command"])[1]) if "margin" in key else 1
+            runs = [[(x["step"], x[key] / unit(r)) for x in r[where]] for r in records if r["row"] == row]
+            ends[axis].append((draw_runs(axis, runs, color), label, color))
+        axis.set(title=name, xlabel="optimizer steps")
+    for axis in axes:  # they share limits, which are final only now
+        log_scale(axis)
+        end_labels(axis, ends[axis])
+    return figure
+
+
+def table(title):
+    """Left: p, q0 and what both kinds of negatives converge to. Right: the boundary of stability."""
+    t = tabular()
+    figure, (left, right) = panels(2, title, 4, between=1, right=0.15)
+    n, top, start = np.arange(1, 11), t["frozen"].argmax(), kl(t["p"], t["q0"])
+    left.bar(n, t["p"], color="0.85")
+    for q, color in (("q0", BLUE), ("frozen", RED), ("online", GREEN)):
+        left.plot(n, t[q], color=color, linewidth=1, marker="o", markersize=5)
+    left.text(1.2, t["q0"][0] + 0.01, "start q0", color=BLUE)
+    left.text(2.7, 0.23, "fresh y_s:\nq = p (bars)", color=GREEN)
+    text = f"frozen y_s: {t['frozen'][top]:.2f}\nwhere p has {t['p'][top]:.2f}\nand q0 had {t['q0'][top]:.2f}"
+    left.text(top + 1.3, t["frozen"][top] - 0.1, text, color=RED)
+    left.set(title="probability of each response, beta = 0.1", xlabel="response, sorted by p", xticks=n)
+    far = np.log(np.maximum(t["grid"], 1e-9) / start).clip(-5, 5)  # 0, white: as far from p as at the start
+    right.imshow(far, cmap="RdBu_r", vmin=-8, vmax=8, aspect="auto")
+    for (i, j), value in np.ndenumerate(t["grid"]):
+        right.text(j, i, f"{value:.2f}", ha="center", va="center")
+    right.set_xticks(range(len(t["intervals"])), [f"{k:g}" if k < np.inf else "never" for k in t["intervals"]])
+    right.set_yticks(range(len(t["betas"])), [f"{b:g}" for b in t["betas"]])
+    right.set(title=f"KL(p||q) after 5,000 steps; {start:.2f} at the start", ylabel="beta",
+              xlabel="steps (of 0.2 / beta) until y_s is drawn anew")
+    return figure
+
+
+def main(source=HERE / "results.jsonl", folder=HERE):
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         sys.exit("error: the figures need matplotlib: pip install matplotlib")
-    records = [json.loads(line) for line in (HERE / "results.jsonl").read_text().splitlines()]
-    names = {"sft": "SFT", "kd": "KD", "seqkd": "SeqKD", "kd-teacher": "KD on\nteacher text"}
-    curves(records, list(names), names, HERE / "kd_forward.png",
-           "Same student, same 500 steps, 5 seeds (thin): what the teacher gives decides")
+    records = [json.loads(line) for line in Path(source).read_text().splitlines()]
+    kd = {"sft": "SFT", "kd": "KD", "seqkd": "SeqKD", "kd-teacher": "KD, teacher text"}
+    margins = {"frozen-b01": "y_s drawn once (frozen)", "epoch-b01": "every epoch", "online-b01": "every step (online)"}
+    nlls = {**margins, "frozen-b01-anchor": "once, with the anchor"}
+    margin = {"training pairs": ("train", "margin", RED), "fresh pairs": ("curve", "fresh_margin", BLUE)}
+    nll = {"of y_t": ("train", "nll_t", BLUE), "of y_s": ("train", "nll_s", RED)}
+    figures = {
+        "kd_forward.png": (kd, lambda title: curves(records, kd, title),
+                           "Same student, same 500 steps, {} (thin): what the teacher gives decides"),
+        "dpkd_margin.png": (margins, lambda title: pairs(records, margins, margin, 1.1, title),
+                            "Margin / beta, nats, {} (thin): stale pairs flatter the student, fresh ones do not"),
+        "dpkd_nll.png": (nlls, lambda title: pairs(records, nlls, nll, 0.75, title),
+                         "-log q of the training pairs, nats a response, {} (thin): frozen y_s make even y_t rare"),
+        "dpkd_tabular.png": ({}, table, "No network, no noise: ten responses to one prompt, exact gradients"),
+    }
+    skipped, have = [], [r["row"] for r in records]
+    for name, (rows, draw, title) in figures.items():
+        if missing := [row for row in rows if row not in have]:
+            skipped.append(f"{name} ({', '.join(missing)})")
+            continue
+        seeds = " or ".join(sorted({str(have.count(row)) for row in rows})) + " seeds"
+        draw(title.format(seeds)).savefig(Path(folder) / name)
+        print(Path(folder) / name)
+    if skipped:
+        print(f"skipped for lack of records: {', '.join(skipped)}")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,25 @@ def run(row, seed):
     train = [pick(x, x, TRAIN) for x in log if "margin" in x]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {"row": row, "seed": seed, "command": f"python {command}", "commit": commit, "python": platform.python_version(),
-            "torch": torch.__version__, "transformers": transformers.__version__, "curve": curve, **({"train": train} if train else {}), "result": json.loads((out / "result.json").read_text())}
+            "torch": torch.__version__, "transformers": transformers.__version__, "by_length": by_length(out), "curve": curve, **({"train": train} if train else {}), "result": json.loads((out / "result.json").read_text())}
+
+
+def by_length(out):
+    """`valid` and ROUGE-L (T = 1) of a run's student on test rows, apart for short, middle and long gold responses."""
+    import torch
+    sys.path.insert(0, str(ROOT))
+    import common
+    import kd_forward
+    settings = json.loads((out / "settings.json").read_text())
+    cfg = kd_forward.Config(data=settings["data"], teacher="none", student=str(out / "student"), device="cpu", compile=False)
+    student, _, tokenizer = common.load_pair(cfg, torch.device("cpu"))
+    test = sorted(common.load_data(cfg, student, None, tokenizer).test, key=lambda e: len(e.response))
+    found, n = [], len(test)
+    for part in (test[:n // 3], test[n // 3:2 * n // 3], test[2 * n // 3:]):
+        m = common.make_ruler(cfg, None, tokenizer, part)(student)
+        found.append({"tokens": round(sum(len(e.response) for e in part) / len(part), 1),
+                      "valid": round(m["valid"], 4), "rouge_l": round(m["rouge_l"], 4)})
+    return found
 
 
 def mean_sd(values):
@@ -78,36 +97,47 @@ def mean_sd(values):
     return m, math.sqrt(sum((v - m) ** 2 for v in values) / max(1, len(values) - 1))
 
 
-def table(records, name):
-    rows = TABLES[name]
+def table(records, name, columns):
+    """Two Markdown tables: means and standard deviations of the rows, and paired differences from their controls."""
+    rows, lines = TABLES[name], []
     value = lambda row, seed, key: records[row, seed]["result"].get(key, float("nan"))
     seeds = {row: sorted(s for r, s in records if r == row) for row in ROWS}
-    print(f"\n### {name}\n\n| row | command | seeds | " + " | ".join(SHOWN) + " | seconds |\n|" + "---|" * (len(SHOWN) + 4))
-    for which in ("teacher", "before"):
-        cells = ["{:.3f} ± {:.3f}".format(*mean_sd([value("kd", s, f"{which}.{k}") for s in seeds["kd"]])) for k in SHOWN]
-        print(f"| {which} | | {len(seeds['kd'])} | " + " | ".join(cells) + " | |")
+    show = lambda row, which: ["{:.3f} ± {:.3f}".format(*mean_sd([value(row, s, f"{which}.{k}") for s in seeds[row]])) for k in columns]
+    lines += ["| row | command | seeds | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 3)]
+    for which, title in (("teacher", "teacher"), ("before", "student, start")):
+        lines.append(f"| {title} | `--steps 0` | {len(seeds['kd'])} | " + " | ".join(show("kd", which)) + " |")
     for row, (command, _, _) in rows.items():
         if seeds[row]:
-            cells = ["{:.3f} ± {:.3f}".format(*mean_sd([value(row, s, f"after.{k}") for s in seeds[row]])) for k in SHOWN]
-            seconds = mean_sd([value(row, s, "seconds") for s in seeds[row]])[0]
-            print(f"| {row} | `python {command}` | {len(seeds[row])} | " + " | ".join(cells) + f" | {seconds:.0f} |")
-    print("\nPaired differences, mean and 95 % interval (Student's t over seeds):\n")
-    print("| row minus control | " + " | ".join(SHOWN) + " |\n|" + "---|" * (len(SHOWN) + 1))
+            lines.append(f"| {row} | `python {command}` | {len(seeds[row])} | " + " | ".join(show(row, "after")) + " |")
+    lines += ["", "Paired differences, with 95 % intervals (Student's t over seeds):", "",
+              "| row - control | seeds | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 2)]
     for row, (_, controls, _) in rows.items():
         for control in controls:
             both = [s for s in seeds[row] if s in seeds[control]]
             if len(both) > 1:
                 cells = []
-                for k in SHOWN:
+                for k in columns:
                     m, sd = mean_sd([value(row, s, f"after.{k}") - value(control, s, f"after.{k}") for s in both])
                     half = T95.get(len(both) - 1, 2.0) * sd / math.sqrt(len(both))
                     cells.append(f"{m:+.3f} [{m - half:+.3f}, {m + half:+.3f}]")
-                print(f"| {row} - {control} ({len(both)} seeds) | " + " | ".join(cells) + " |")
+                lines.append(f"| {row} - {control} | {len(both)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def update_readme(records):
+    """Write the tables of the README between their marks, from the committed records."""
+    path = ROOT / "README.md"
+    text = path.read_text()
+    for name in TABLES:
+        new = table(records, name, ["kl_pq", "kl_qp", "valid", "valid_greedy", "mode_distance"])
+        text = re.sub(rf"(<!-- table {name} -->\n).*?(\n<!-- end -->)", lambda m, new=new: m[1] + new + m[2], text, flags=re.S)
+    path.write_text(text)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--print", action="store_true", dest="only_print")
+    parser.add_argument("--readme", action="store_true", help="write the tables into README.md too")
     parser.add_argument("--again", nargs=2, metavar=("ROW", "SEED"))
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="only these rows")
     parser.add_argument("--seeds", nargs="*", type=int, help="only these seeds")
@@ -129,7 +159,9 @@ def main():
                     with open(FILE, "a") as f:
                         f.write(json.dumps(records[row, seed]) + "\n")
     for name in TABLES:
-        table(records, name)
+        print(f"\n### {name}\n\n{table(records, name, SHOWN)}")
+    if args.readme:
+        update_readme(records)
 
 
 if __name__ == "__main__":
