@@ -37,11 +37,11 @@ y_s that p finds absurd weigh most). `margin`, of the training pairs, above 0 is
 nll_t and nll_s explode while the loss nears or passes log 2 = 0.693, its value at q = p. norm_*: the gradient norm of
 each term. `same`: the share of pairs with y_t = y_s (no gradient); `no_end`: of y_s cut before an EOS.
 
-    python dpkd.py                                              Eq. 8, fresh y_s every step, anchor: 80 s, 0.5 GiB
+    python dpkd.py                                              Eq. 8, fresh y_s every step, anchor: 1 minute
     python dpkd.py --anchor 0                                   the preference alone
     python dpkd.py --preference 0                               the anchor alone, which is SeqKD
     python dpkd.py --length-norm --beta 2                       Eq. 9
-    python dpkd.py --negatives frozen --beta 0.1 --anchor 0     collapses; cured by online, or by the anchor, alone
+    python dpkd.py --negatives frozen --beta 0.1 --anchor 0     collapses; online cures it, the anchor halts it
     python dpkd.py --level token --beta 0.1 --preference 0.5 --anchor 0.5      the released code
     python dpkd.py --level reverse_kl                           control: KL(q||p) token by token on the student's y_s
     python dpkd.py --teacher gpt2-xl --student gpt2 --data dolly.jsonl --corpus books.txt --lm-coef 0.5 \

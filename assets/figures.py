@@ -140,6 +140,19 @@ def pairs(records, names, lines, between, title):
     return figure
 
 
+def lengths(records, names, title):
+    """Right answers and ROUGE-L over the length of the gold response, in three equal parts of the test rows."""
+    figure, axes = panels(2, title)
+    for axis, key, label in zip(axes, ("valid", "rouge_l"), ("exact match at T = 1", "ROUGE-L at T = 1")):
+        ends = []
+        for (row, name), color in zip(names.items(), COLORS):
+            runs = [[(x["tokens"], x[key]) for x in r["by_length"]] for r in records if r["row"] == row]
+            ends.append((draw_runs(axis, runs, color), name, color))
+        axis.set(title=label, xlabel="tokens of the gold response (mean of its third)")
+        end_labels(axis, ends)
+    return figure
+
+
 def table(title):
     """Left: p, q0 and what both kinds of negatives converge to. Right: the boundary of stability."""
     t = tabular()
@@ -175,6 +188,7 @@ def main(source=HERE / "results.jsonl", folder=HERE):
     nlls = {**margins, "frozen-b01-anchor": "once, with the anchor"}
     margin = {"training pairs": ("train", "margin", RED), "fresh pairs": ("curve", "fresh_margin", BLUE)}
     nll = {"of y_t": ("train", "nll_t", BLUE), "of y_s": ("train", "nll_s", RED)}
+    length = {"sft": "SFT", "seqkd": "SeqKD", "reverse-kl": "reverse KL", "dpkd": "DPKD", "dpkd-alone": "no anchor"}
     figures = {
         "kd_forward.png": (kd, lambda title: curves(records, kd, title),
                            "Same student, same 500 steps, {} (thin): what the teacher gives decides"),
@@ -182,6 +196,8 @@ def main(source=HERE / "results.jsonl", folder=HERE):
                             "Margin / beta, nats, {} (thin): stale pairs flatter the student, fresh ones do not"),
         "dpkd_nll.png": (nlls, lambda title: pairs(records, nlls, nll, 0.75, title),
                          "-log q of the training pairs, nats a response, {} (thin): frozen y_s make even y_t rare"),
+        "dpkd_length.png": (length, lambda title: lengths(records, length, title),
+                            "By length of the gold response, {} (thin)"),
         "dpkd_tabular.png": ({}, table, "No network, no noise: ten responses to one prompt, exact gradients"),
     }
     skipped, have = [], [r["row"] for r in records]
