@@ -31,6 +31,12 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "kd-half": ("kd_forward.py --alpha 0.5", ["kd"], 5),
         "kd-tau2": ("kd_forward.py --tau 2", ["kd"], 5),
     },
+    "llmr": {  # from the KL-distilled start
+        "llmr": ("llmr.py", ["kl-more", "seqkd-more"], 5),
+        "kl-more": ("kd_forward.py --student tiny-kl --responses teacher --steps 300 --lr 3e-4", [], 5),
+        "seqkd-more": ("kd_forward.py --student tiny-kl --responses teacher --alpha 0 --steps 300 --lr 3e-4", ["kl-more"], 5),
+        "llmr-lse": ("llmr.py --value lse", ["llmr"], 3),
+    },
     "dpkd": {
         "dpkd": ("dpkd.py", ["sft", "seqkd", "kd-teacher", "reverse-kl"], 5),
         "dpkd-alone": ("dpkd.py --anchor 0", ["seqkd", "reverse-kl", "dpkd"], 5),
@@ -105,7 +111,8 @@ def table(records, name, columns):
     show = lambda row, which: ["{:.3f} ± {:.3f}".format(*mean_sd([value(row, s, f"{which}.{k}") for s in seeds[row]])) for k in columns]
     lines += ["| row | command | seeds | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 3)]
     for which, title in (("teacher", "teacher"), ("before", "student, start")):
-        lines.append(f"| {title} | `--steps 0` | {len(seeds['kd'])} | " + " | ".join(show("kd", which)) + " |")
+        if seeds[first := next(iter(rows))]:
+            lines.append(f"| {title} | `--steps 0` | {len(seeds[first])} | " + " | ".join(show(first, which)) + " |")
     for row, (command, _, _) in rows.items():
         if seeds[row]:
             lines.append(f"| {row} | `python {command}` | {len(seeds[row])} | " + " | ".join(show(row, "after")) + " |")
