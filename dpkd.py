@@ -37,7 +37,7 @@ y_s that p finds absurd weigh most). `margin`, of the training pairs, above 0 is
 nll_t and nll_s explode while the loss nears or passes log 2 = 0.693, its value at q = p. norm_*: the gradient norm of
 each term. `same`: the share of pairs with y_t = y_s (no gradient); `no_end`: of y_s cut before an EOS.
 
-    python dpkd.py                                              Eq. 8, fresh y_s every step, anchor: 1 minute
+    python dpkd.py                                              Eq. 8, fresh y_s every step, anchor: 40 s
     python dpkd.py --anchor 0                                   the preference alone
     python dpkd.py --preference 0                               the anchor alone, which is SeqKD
     python dpkd.py --length-norm --beta 2                       Eq. 9
