@@ -110,6 +110,16 @@ def test_accumulation_gives_one_result(config):
     assert torch.allclose(flat[0], flat[1], atol=1e-6) and torch.allclose(flat[0], flat[2], atol=1e-6)
 
 
+def test_accumulation_in_the_script_itself(config, tmp_path):
+    """The gradient norm of the first step, as logged: a mean of means would change it, lengths differ by a factor."""
+    norms = []
+    for accum in (1, 2, 4):
+        cfg = config("llama", steps=1, accum=accum, out=str(tmp_path / f"a{accum}"))
+        kd_forward.train(cfg)
+        norms += [r["grad_norm"] for r in map(json.loads, open(f"{cfg.out}/log.jsonl")) if "loss" in r]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4) and norms[2] == pytest.approx(norms[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_run_from_directories(config, kind, capsys):
     cfg = config(kind)
