@@ -289,7 +289,7 @@ def train(cfg):
                     grad_norm=grad_norm.item(), lr=lr, tokens=n_tokens)
         run.end_step(step + 1, student=student, optimizer=optimizer, negatives=negatives)
 
-    report = {"teacher": test_ruler(teacher)} if teacher else {}
+    report = {"teacher": test_ruler(teacher)}
     return run.finish(student, tokenizer, {**report, "before": before, "after": test_ruler(student)})
 
 

@@ -24,13 +24,13 @@ What differs from the papers:
  4. Adam without dropout or label smoothing where the model's configuration has none.
 
 What to watch: `kl_pq` on validation prompts is what KD minimises and should fall. The training loss alone does not
-tell: under SFT it falls while kl_pq rises, which is memorising. `valid` (tiny world) counts right answers among
+tell: under SFT it falls while kl_pq stays or rises: memorising. `valid` (tiny world) counts right answers among
 samples at T = 1; `mode_distance` says whether the wordings keep the teacher's shares.
 
     python kd_forward.py                                        KD on the labelled rows of the tiny world
     python kd_forward.py --alpha 0                              SFT
     python kd_forward.py --responses teacher --alpha 0          SeqKD
-    python kd_forward.py --responses teacher                    KD on the teacher's own responses: the best here
+    python kd_forward.py --responses teacher                    KD on the teacher's own responses: lowest kl_pq
     python kd_forward.py --steps 0                              only evaluate
     python kd_forward.py --teacher Qwen/Qwen2.5-1.5B --student Qwen/Qwen2.5-0.5B --data my.jsonl \
         --lr 1e-5 --batch-size 32 --accum 4

@@ -60,7 +60,7 @@ import common
 @dataclass
 class Config:
     # models and data
-    teacher: str = "tiny"            # model directory or hub name; none: no teacher (--alpha 0); tiny: the tiny world's
+    teacher: str = "tiny"            # model directory or hub name; tiny: the tiny world's
     student: str = "tiny-kl"         # start from a converged KL student; tiny-kl: the tiny world's
     data: str = "tiny"               # .jsonl, .csv, dir of train/valid/test.jsonl, saved/hub dataset; tiny:N: world N
     prompt_field: str = "prompt"     # name of the prompt in a row of data

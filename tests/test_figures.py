@@ -75,5 +75,6 @@ def test_draws_what_has_records_and_names_what_has_not(tmp_path, monkeypatch, ca
     figures.main(tmp_path / "r.jsonl", tmp_path)
     assert sorted(f.name for f in tmp_path.glob("*.png")) == ["dpkd_margin.png", "dpkd_tabular.png"]
     assert (tmp_path / "dpkd_margin.png").stat().st_size > 10_000
-    missing = "kd_forward.png (sft, kd, seqkd, kd-teacher), dpkd_nll.png (frozen-b01-anchor)"
+    missing = ("kd_forward.png (sft, kd, seqkd, kd-teacher), dpkd_nll.png (frozen-b01-anchor), "
+               "dpkd_length.png (sft, seqkd, reverse-kl, dpkd, dpkd-alone)")
     assert capsys.readouterr().out.splitlines()[-1] == f"skipped for lack of records: {missing}"

@@ -223,3 +223,17 @@ def test_a_run_from_a_notebook_and_an_unfinished_loss(config, monkeypatch, tmp_p
     with pytest.raises(common.RunFailed, match=r"nan at step 3.*checkpoint\.pt"):
         kd_forward.train(cfg)
     torch.load(f"{cfg.out}/checkpoint.pt", weights_only=True)  # the good one is still loadable
+
+
+def test_parameters_that_are_not_finite_are_never_saved(config, monkeypatch):
+    """Between two lines of the log nobody looks at the loss: saving does, and keeps the good checkpoint."""
+    cfg, real, calls = config("gpt2", steps=6, log_every=100), kd_forward.kd_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        return tuple(x * float("nan") for x in real(*args)) if len(calls) == 3 else real(*args)
+    monkeypatch.setattr(kd_forward, "kd_loss", broken)
+    with pytest.raises(common.RunFailed, match=r"at step 4.*checkpoint\.pt"):
+        kd_forward.train(cfg)
+    saved = torch.load(f"{cfg.out}/checkpoint.pt", weights_only=True)
+    assert saved["step"] == 2 and all(v.isfinite().all() for v in saved["parts"]["student"].values())
