@@ -13,6 +13,7 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -106,13 +107,13 @@ def first_line(e):
 PROBE = "The quick brown fox: jumps over 13 lazy dogs, naïve café!\n\tdef f(x): return x ** 2  # describe name ada ;"
 
 
-def load_pair(cfg, device, same_tokens=True):
+def load_pair(cfg, device, same_tokens=True, world="worlds"):
     """(student in fp32, teacher in the compute dtype and frozen or None, the student's tokenizer), all in eval mode.
 
     Methods that compare distributions need tokenizers that agree, which is checked on a probe text. Heads padded to
     different sizes are cut to the smaller (`model.vocab`), and both models renormalise over those V tokens.
     """
-    paths = resolve(cfg.student, "student", cfg.data), resolve(cfg.teacher, "teacher", cfg.data)
+    paths = [resolve(getattr(cfg, role), role, cfg.data, world) for role in ("student", "teacher")]
     tokenizer, student = load_tokenizer(paths[0], "student"), load_model(paths[0], device, seed=cfg.seed)
     if cfg.teacher == "none":
         return student, None, tokenizer
@@ -814,17 +815,18 @@ def cache_dir():
     return path
 
 
-def resolve(name, role, data):
+def resolve(name, role, data, world="worlds"):
     """The path behind a --teacher, --student or --data. "tiny" means the tiny world of --data tiny or tiny:N: its
-    rows, its teacher, its student after supervised fine-tuning ("tiny-kl": after KL distillation too)."""
+    rows, its teacher, its student after supervised fine-tuning ("tiny-kl": after KL distillation too). `world` is
+    the module in assets/ that makes it."""
     if not re.fullmatch(r"tiny(:\d+)?" if role == "data" else "tiny(-kl)?", name):
         return name
     if not re.fullmatch(r"tiny(:\d+)?", data):
         raise BadInput(f"--{role} {name} knows the words of the tiny world only: with --data {data}, "
                        "name your own --teacher and --student")
-    from assets import worlds
     part = "student" + name[4:] if role == "student" else role
-    return str(worlds.build(int(data.partition(":")[2] or 0), cache_dir(), part) / part)
+    build = importlib.import_module(f"assets.{world}").build
+    return str(build(int(data.partition(":")[2] or 0), cache_dir(), part) / part)
 
 
 if __name__ == "__main__":
