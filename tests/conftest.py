@@ -1,4 +1,5 @@
 """Tiny random models of every supported architecture, saved as real model directories. Offline, a few seconds in all."""
+import dataclasses
 import json
 import os
 import random
@@ -62,34 +63,25 @@ def small_config(kind, size, vocab):
 KINDS = ["gpt2", "llama", "qwen2", "opt", "t5", "t5-scaled"]
 
 
-@pytest.fixture(scope="session")
-def pair(tmp_path_factory):
-    """pair(kind) -> (teacher directory, student directory); Qwen2's heads are padded to different sizes."""
-    made = {}
-
-    def make(kind):
-        if kind not in made:
-            root, tokenizer = tmp_path_factory.mktemp(kind), small_tokenizer(kind.startswith("t5"))
-            for name, size, seed in (("teacher", 32, 1), ("student", 16, 2)):
-                torch.manual_seed(seed)
-                vocab = len(tokenizer) + (24 if kind == "qwen2" and name == "teacher" else 8)
-                config = small_config(kind, size, vocab)
-                auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-                model = auto.from_config(config)
-                for p in model.parameters():  # such small initial weights give nearly uniform distributions
-                    p.data.mul_(3.0) if p.dim() > 1 and not kind.startswith("t5") else None
-                model.save_pretrained(root / name)
-                tokenizer.save_pretrained(root / name)
-            made[kind] = root / "teacher", root / "student"
-        return made[kind]
-    return make
+def make_pair(kind, root):
+    """Save a tiny teacher and student -> (teacher directory, student directory); Qwen2's heads differ in size."""
+    tokenizer = small_tokenizer(kind.startswith("t5"))
+    for name, size, seed in (("teacher", 32, 1), ("student", 16, 2)):
+        torch.manual_seed(seed)
+        vocab = len(tokenizer) + (24 if kind == "qwen2" and name == "teacher" else 8)
+        config = small_config(kind, size, vocab)
+        auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+        model = auto.from_config(config)
+        for p in model.parameters():  # such small initial weights give nearly uniform distributions
+            p.data.mul_(3.0) if p.dim() > 1 and not kind.startswith("t5") else None
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root / "teacher", root / "student"
 
 
-@pytest.fixture(scope="session")
-def rows_file(tmp_path_factory):
+def make_rows(path):
     """A JSONL file of 80 rows: the response repeats the prompt's words in order, 3 to 9 words."""
-    rng, path = random.Random(1), tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = []
+    rng, rows = random.Random(1), []
     for _ in range(80):
         words = rng.choices(WORDS, k=rng.randint(3, 9))
         rows.append({"prompt": " ".join(words), "response": " ".join(sorted(words))})
@@ -97,18 +89,72 @@ def rows_file(tmp_path_factory):
     return path
 
 
+def small_run(config_class, pair, data, out, /, **settings):
+    """Settings of any script for a run of a second; the tools kill.py, soak.py and museum.py use it too."""
+    small = dict(teacher=str(pair[0]), student=str(pair[1]), data=str(data), max_prompt=24, max_response=24, steps=4,
+                 batch_size=8, lr=1e-3, warmup=2, eval_every=2, eval_rows=4, log_every=1, save_every=2, holdout=0.1,
+                 device="cpu", compile=False, out=str(out))
+    return config_class(**{**{k: v for k, v in small.items() if k in config_class.__dataclass_fields__}, **settings})
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """pair(kind) -> (teacher directory, student directory), made once."""
+    made = {}
+    return lambda kind: made[kind] if kind in made else made.setdefault(kind, make_pair(kind, tmp_path_factory.mktemp(kind)))
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory):
+    return make_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
 @pytest.fixture
 def config(pair, rows_file, tmp_path):
     """config(kind="gpt2", **settings) -> a kd_forward.Config for a run of a second."""
     import kd_forward
+    return lambda kind="gpt2", **settings: small_run(kd_forward.Config, pair(kind), rows_file, tmp_path / "run", **settings)
 
-    def make(kind="gpt2", **settings):
-        teacher, student = pair(kind)
-        small = dict(teacher=str(teacher), student=str(student), data=str(rows_file), max_prompt=24, max_response=24,
-                     steps=4, batch_size=8, lr=1e-3, warmup=2, eval_every=2, eval_rows=4, log_every=1, save_every=2,
-                     holdout=0.1, device="cpu", compile=False, out=str(tmp_path / "run"))
-        return kd_forward.Config(**{**small, **settings})
-    return make
+
+@pytest.fixture
+def resumes_bitwise(monkeypatch, capsys):
+    """resumes_bitwise(train, cfg, died=3) asserts that a run of `cfg`, ended right after step `died` and resumed from
+    the last checkpoint before it, ends bit by bit like one that went through; returns both runs' last checkpoint parts.
+
+    Every script's test is `resumes_bitwise(llmr.train, llmr_config(steps=6, save_every=2))`. Choose save_every so
+    that 0 < saved < died < steps, and settings under which state is old at the checkpoint (a stale sampler, negatives
+    of an earlier epoch). Compared: student directory, log.jsonl without times, result.json without times and memory.
+    """
+    def run(train, cfg, died=3):
+        import common
+        saved = died - died % cfg.save_every
+        assert 0 < saved < died < cfg.steps, "the kill must lie after a checkpoint and before the end"
+        whole, cut = (dataclasses.replace(cfg, out=cfg.out + name) for name in ("-whole", "-cut"))
+        train(whole)
+        end_step = common.Run.end_step
+
+        def killed(self, step, **parts):
+            end_step(self, step, **parts)
+            if step == died:
+                raise SystemExit(9)
+        monkeypatch.setattr(common.Run, "end_step", killed)
+        with pytest.raises(SystemExit):
+            train(cut)
+        monkeypatch.setattr(common.Run, "end_step", end_step)
+        torch.manual_seed(999)  # a new process: nothing may hang on this one's random state
+        train(dataclasses.replace(cut, resume=True))
+        assert f"resumed from {cut.out}/checkpoint.pt at step {saved}" in capsys.readouterr().out
+        assert outcome(whole.out) == outcome(cut.out)
+        return [torch.load(f"{c.out}/checkpoint.pt", weights_only=True)["parts"] for c in (whole, cut)]
+    return run
+
+
+def outcome(out):
+    """What must not depend on how often a run was killed: the student's files, the log, the result; no times."""
+    files = {f.name: f.read_bytes() for f in sorted(Path(out, "student").iterdir())}
+    log = [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in open(f"{out}/log.jsonl")]
+    result = json.loads(Path(out, "result.json").read_text())
+    return files, log, {k: v for k, v in result.items() if k not in ("seconds", "peak_gib")}
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import small_run
 
 import common
 import dpkd
@@ -14,12 +15,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def dpkd_config(config):
+def dpkd_config(pair, rows_file, tmp_path):
     """dpkd_config(kind="gpt2", **settings) -> a dpkd.Config for a run of a second."""
-    def make(kind="gpt2", **settings):
-        shared = {k: v for k, v in dataclasses.asdict(config(kind)).items() if k in dpkd.Config.__dataclass_fields__}
-        return dpkd.Config(**{**shared, "eval_every": 4, **settings})
-    return make
+    return lambda kind="gpt2", **settings: small_run(dpkd.Config, pair(kind), rows_file, tmp_path / "run",
+                                                     **{"eval_every": 4, **settings})
 
 
 # ------------------------------------------------------------------------------ ten responses that can be enumerated
@@ -232,34 +231,17 @@ def test_whole_run(dpkd_config, kind, level):
         assert all(r["margin"] <= 0 and 0 <= r["agree"] <= 1 and r["preference"] >= math.log(2) - 1e-6 for r in steps)
 
 
-def interrupted(cfg, monkeypatch):
-    """Kill the run two steps after its checkpoint of step 3, then resume it."""
-    end_step = common.Run.end_step
-
-    def killed(self, step, **parts):
-        end_step(self, step, **parts)
-        if step == 5:
-            raise SystemExit(9)
-    monkeypatch.setattr(common.Run, "end_step", killed)
-    with pytest.raises(SystemExit):
-        dpkd.train(cfg)
-    monkeypatch.setattr(common.Run, "end_step", end_step)
-    return dpkd.train(dataclasses.replace(cfg, resume=True))
-
-
 @pytest.mark.parametrize("negatives", ["online", "epoch", "frozen"])
-def test_resume_ends_bitwise_like_an_uninterrupted_run(dpkd_config, negatives, tmp_path, monkeypatch, capsys):
+def test_resume_ends_bitwise_like_an_uninterrupted_run(dpkd_config, negatives, monkeypatch, resumes_bitwise):
     """64 prompts, 16 a step: the checkpoint of step 3 lies inside an epoch, and its y_s come from weights of step 0."""
-    kw = dict(negatives=negatives, steps=6, batch_size=16, lr=3e-3, eval_every=9)
+    cfg = dpkd_config(negatives=negatives, steps=6, batch_size=16, lr=3e-3, eval_every=9, save_every=3)
     drawn, sampled = [], common.sampled
     monkeypatch.setattr(common, "sampled", lambda *a, **k: drawn.append(len(a[1])) or sampled(*a, **k))
-    whole = dpkd.train(dpkd_config(out=str(tmp_path / "whole"), **kw))
+    dpkd.train(cfg)
     n = len([d for d in drawn if d > 4])  # all but the four validation and test rows, and the teacher's own answers
     assert n == {"online": 6, "epoch": 2, "frozen": 1}[negatives] + 1
-    resumed = interrupted(dpkd_config(out=str(tmp_path / "cut"), save_every=3, **kw), monkeypatch)
-    assert "at step 3" in capsys.readouterr().out
-    same = lambda r: {k: v for k, v in r.items() if k not in ("seconds", "peak_gib")}
-    assert same(whole) == same(resumed)
+    whole, cut = resumes_bitwise(dpkd.train, cfg, died=5)
+    assert whole["negatives"] == cut["negatives"]
 
 
 def test_identical_pairs_are_counted_and_move_nothing(dpkd_config, monkeypatch):

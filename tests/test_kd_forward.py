@@ -170,29 +170,10 @@ def test_bf16_compute_stays_close(config):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
-def test_resume_ends_bitwise_like_an_uninterrupted_run(config, kind, tmp_path, monkeypatch, capsys):
+def test_resume_ends_bitwise_like_an_uninterrupted_run(config, kind, resumes_bitwise):
     """GPT-2 and T5 have dropout, so random states count too."""
-    whole = kd_forward.train(config(kind, steps=6, out=str(tmp_path / "whole")))
-    cfg = config(kind, steps=6, out=str(tmp_path / "cut"))
-    end_step = common.Run.end_step
-
-    def killed(self, step, **parts):
-        end_step(self, step, **parts)
-        if step == 3:  # one step after the checkpoint of step 2
-            raise SystemExit(9)
-    monkeypatch.setattr(common.Run, "end_step", killed)
-    with pytest.raises(SystemExit):
-        kd_forward.train(cfg)
-    monkeypatch.setattr(common.Run, "end_step", end_step)
-    cfg.resume = True
-    resumed = kd_forward.train(cfg)
-    assert "at step 2" in capsys.readouterr().out  # it really resumed: 0 < 2 < 6
-    assert {k: v for k, v in resumed.items() if k not in ("seconds", "peak_gib")} == {
-        k: v for k, v in whole.items() if k not in ("seconds", "peak_gib")}
-    a, b = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["parts"]["student"] for n in ("whole", "cut"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    steps = [json.loads(x)["step"] for x in open(tmp_path / "cut/log.jsonl")]
-    assert steps == sorted(steps) and steps.count(2) == 2  # one loss, one evaluation: nothing twice, nothing lost
+    whole, cut = resumes_bitwise(kd_forward.train, config(kind, steps=6))
+    assert all(torch.equal(whole["student"][k], cut["student"][k]) for k in whole["student"])
 
 
 def test_the_teacher_cache_is_exact(config, tmp_path):

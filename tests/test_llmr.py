@@ -1,11 +1,11 @@
 """llmr.py: the reward's identities, the exact policy gradient on trees small enough to enumerate, and whole runs."""
-import dataclasses
 import itertools
 import json
 import math
 
 import pytest
 import torch
+from conftest import small_run
 
 import common
 import llmr
@@ -15,12 +15,9 @@ EOS = 0
 
 
 @pytest.fixture
-def llmr_config(config):
+def llmr_config(pair, rows_file, tmp_path):
     """llmr_config(kind, **settings) -> a llmr.Config for a run of a second."""
-    def make(kind="gpt2", **settings):
-        base, names = dataclasses.asdict(config(kind)), {f.name for f in dataclasses.fields(llmr.Config)}
-        return llmr.Config(**{**{k: v for k, v in base.items() if k in names}, **settings})
-    return make
+    return lambda kind="gpt2", **settings: small_run(llmr.Config, pair(kind), rows_file, tmp_path / "run", **settings)
 
 
 def rollouts(B=5, N=6, V=7, seed=0):
@@ -410,27 +407,10 @@ def test_learning_raises_the_advantage(llmr_config):
 
 
 @pytest.mark.parametrize("sync", [1, 4])
-def test_resume_ends_bitwise_like_an_uninterrupted_run(llmr_config, tmp_path, monkeypatch, capsys, sync):
+def test_resume_ends_bitwise_like_an_uninterrupted_run(llmr_config, resumes_bitwise, sync):
     """With sync 4 the checkpoint of step 2 lies between two refreshes: the stale sampler must come back as it was."""
-    whole = llmr.train(llmr_config("gpt2", steps=5, sync=sync, eval_every=9, max_response=8, out=str(tmp_path / "whole")))
-    cfg = llmr_config("gpt2", steps=5, sync=sync, eval_every=9, max_response=8, out=str(tmp_path / "cut"))
-    end_step = common.Run.end_step
-
-    def killed(self, step, **parts):
-        end_step(self, step, **parts)
-        if step == 3:
-            raise SystemExit(9)
-    monkeypatch.setattr(common.Run, "end_step", killed)
-    with pytest.raises(SystemExit):
-        llmr.train(cfg)
-    monkeypatch.setattr(common.Run, "end_step", end_step)
-    cfg.resume = True
-    resumed = llmr.train(cfg)
-    assert "at step 2" in capsys.readouterr().out
-    a, b = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["parts"] for n in ("whole", "cut"))
-    assert ("sampler" in a) == (sync > 1) and all(torch.equal(a["student"][k], b["student"][k]) for k in a["student"])
-    same = lambda r: {k: v for k, v in r.items() if k not in ("seconds", "peak_gib")}
-    assert same(resumed) == same(whole)
+    whole, _ = resumes_bitwise(llmr.train, llmr_config(steps=5, sync=sync, eval_every=9, max_response=8))
+    assert ("sampler" in whole) == (sync > 1)
 
 
 @pytest.mark.parametrize("settings, match", [
