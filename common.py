@@ -738,17 +738,18 @@ def both_kl(student_logits, teacher_logits, targets):
     return (logp.exp() * (logp - logq)).sum(-1), (logq.exp() * (logq - logp)).sum(-1)
 
 
-def make_ruler(cfg, teacher, tokenizer, examples, temperature=1.0, seed=1234):
-    """A function model -> {metric: float} on `examples`; it measures teacher and student alike.
+def make_ruler(cfg, teacher, tokenizer, examples, seed=1234):
+    """A function model -> {metric: float} on `examples`; it measures teacher and student alike, as they are or
+    with logits divided by cfg.eval_temperature: q below, all but _greedy. The teacher p that it compares with is at 1.
 
     kl_pq, kl_qp: nats a response, the sum over its tokens of KL(p||q) on responses sampled from the teacher, of
-    KL(q||p) on responses sampled from the measured model (--kl-on references: both on the reference responses).
-    ce: nats a token on reference responses. rouge_l, bleu, exact_match, distinct_n, length, no_end: of responses
-    sampled at `temperature`; _greedy: of greedy ones. Where every row knows all right answers and their
-    probabilities (the tiny world) also: valid, valid_greedy, the share of generated texts that are right;
-    valid_mass, the probability that the model gives to right answers, i.e. `valid` without sampling noise; mode_i,
-    the share of wording i among right answers; mode_distance, the total variation between the model's shares and
-    the teacher's, mean over kinds of prompt.
+    KL(q||p) on responses sampled from q (--kl-on references: both on the reference responses). entropy: nats a
+    response, the sum over its tokens of the entropy of q, on responses sampled from q. ce: nats a token on reference
+    responses. rouge_l, bleu, exact_match, distinct_n, length, no_end: of responses sampled from q; _greedy: of
+    greedy ones. Where every row knows all right answers and their probabilities (the tiny world) also: valid,
+    valid_greedy, the share of generated texts that are right; valid_mass, the probability that q gives to right
+    answers, i.e. `valid` without sampling noise; mode_i, the share of wording i among right answers; mode_distance,
+    the total variation between q's shares and the teacher's, mean over kinds of prompt.
     """
     labelled = [e for e in examples if e.response]
     has_reference = [bool(e.row.get("references") or e.row["response"]) for e in examples]
@@ -758,9 +759,12 @@ def make_ruler(cfg, teacher, tokenizer, examples, temperature=1.0, seed=1234):
     answers = [dataclasses.replace(e, response=tokenizer(r, add_special_tokens=False).input_ids + [eos])
                for e in examples for r in e.row["references"]] if known else []
     text = lambda part: [tokenizer.decode(e.response, skip_special_tokens=True).strip() for e in part]
+    T = getattr(cfg, "eval_temperature", 1.0)
+    kl, logprob = lambda q, p, y: both_kl(q / T, p, y), lambda q, p, y: (log_softmax_at(q / T, y),)
+    entropy = lambda q, p, y: ((q / T).logsumexp(-1) - ((q / T).softmax(-1) * q / T).sum(-1),)
 
-    def mass(model, side):  # (N, wordings): the exact probability of every right answer
-        logp = per_response(lambda q, p, y: (log_softmax_at(q / temperature, y),), model, None, answers, cfg, side)
+    def mass(model, side, logprob=logprob):  # (N, wordings): the exact probability of every right answer
+        logp = per_response(logprob, model, None, answers, cfg, side)
         return logp.exp().view(len(examples), -1)
 
     def shares(m):  # (kinds, wordings)
@@ -771,19 +775,20 @@ def make_ruler(cfg, teacher, tokenizer, examples, temperature=1.0, seed=1234):
     if teacher is not None:
         from_teacher = labelled if cfg.kl_on == "references" else \
             sampled(teacher, examples, tokenizer, cfg, 1.0, seed, "teacher")
-        teacher_shares = shares(mass(teacher, "teacher")) if known else None
+        teacher_shares = shares(mass(teacher, "teacher", lambda q, p, y: (log_softmax_at(q, y),))) if known else None
 
     def ruler(model):
         m, side = {}, "teacher" if model is teacher else "student"
-        drawn, best = (sampled(model, examples, tokenizer, cfg, t, seed + 1, side) for t in (temperature, 0.0))
+        drawn, best = (sampled(model, examples, tokenizer, cfg, t, seed + 1, side) for t in (T, 0.0))
         if teacher is not None and from_teacher:
             m["kl_pq"], m["kl_qp"] = 0.0, 0.0
-            if model is not teacher:
-                m["kl_pq"] = per_response(both_kl, model, teacher, from_teacher, cfg)[:, 0].mean().item()
+            if model is not teacher or T != 1:
+                m["kl_pq"] = per_response(kl, model, teacher, from_teacher, cfg, side)[:, 0].mean().item()
                 on = labelled if cfg.kl_on == "references" else drawn
-                m["kl_qp"] = per_response(both_kl, model, teacher, on, cfg)[:, 1].mean().item()
+                m["kl_qp"] = per_response(kl, model, teacher, on, cfg, side)[:, 1].mean().item()
+        m["entropy"] = per_response(entropy, model, None, drawn, cfg, side).mean().item()
         if labelled:
-            nll = -per_response(lambda q, p, y: (log_softmax_at(q, y),), model, None, labelled, cfg, side).sum().item()
+            nll = -per_response(logprob, model, None, labelled, cfg, side).sum().item()
             m["ce"] = nll / sum(len(e.response) for e in labelled)
         for name, part in (("", drawn), ("_greedy", best)):
             texts = [t for t, has in zip(text(part), has_reference) if has]

@@ -92,6 +92,7 @@ class Config:
     # system
     eval_every: int = 100            # steps between evaluations on validation rows
     eval_rows: int = 500             # most test rows to evaluate on (validation: at most 200)
+    eval_temperature: float = 1.0    # temperature of the evaluated distribution; the _greedy metrics have none
     kl_on: str = "samples"           # samples: KL on samples of teacher and student; references: on the given responses
     log_every: int = 20              # steps between lines of the log
     save_every: int = 500            # steps between checkpoints

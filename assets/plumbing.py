@@ -76,6 +76,8 @@ def check_settings(cfg, **limits):
                   clip=(1e-9, math.inf), eval_every=(1, math.inf), log_every=(1, math.inf), save_every=(1, math.inf),
                   eval_rows=(1, math.inf), holdout=(0, 0.4), max_prompt=(1, 10**9), max_response=(1, 10**9),
                   kl_on=["samples", "references"], dtype=["auto", "float32", "bfloat16"])
+    if hasattr(cfg, "eval_temperature"):
+        common["eval_temperature"] = (0.05, 100)  # at 0 it would have no entropy, and KL(p||q) no bound
     for name, allowed in {**common, **limits}.items():
         value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
         if isinstance(allowed, list) and value not in allowed:

@@ -19,6 +19,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "assets/results.jsonl"
 SEEDS = range(10, 15)  # rows with 3 seeds use the first three
+MID = "--student out/results/kd-teacher-{seed}/student"
+
+
+def cooler(row, seeds):
+    """The student of a row, sampled at temperatures below 1: what sharpening alone would give."""
+    return {f"{row}-t{i}": (f"kd_forward.py --student out/results/{row}-{{seed}}/student --steps 0 --eval-temperature 0.{i}", [], seeds)
+            for i in (2, 3, 5, 7)}
+
+
 TABLES = {  # table: {row: (command, controls that paired differences are taken against, seeds)}
     "kd": {
         "sft": ("kd_forward.py --alpha 0", [], 5),
@@ -31,11 +40,26 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "kd-half": ("kd_forward.py --alpha 0.5", ["kd"], 5),
         "kd-tau2": ("kd_forward.py --tau 2", ["kd"], 5),
     },
-    "llmr": {  # from the KL-distilled start
-        "llmr": ("llmr.py", ["kl-more", "seqkd-more"], 5),
+    "llmr": {  # from the KL-distilled start, where little is left to gain
+        "llmr": ("llmr.py", ["kl-more", "seqkd-more", "kl-more-s", "seqkd-more-s"], 5),
         "kl-more": ("kd_forward.py --student tiny-kl --responses teacher --steps 300 --lr 3e-4", [], 5),
         "seqkd-more": ("kd_forward.py --student tiny-kl --responses teacher --alpha 0 --steps 300 --lr 3e-4", ["kl-more"], 5),
+        # the seconds of llmr: 1.27 and 2.87 times as many steps were measured
+        "kl-more-s": ("kd_forward.py --student tiny-kl --responses teacher --steps 400 --lr 3e-4", [], 5),
+        "seqkd-more-s": ("kd_forward.py --student tiny-kl --responses teacher --alpha 0 --steps 900 --lr 3e-4", [], 5),
+        **cooler("kl-more", 5), **cooler("seqkd-more", 5),
+        "llmr-25": ("llmr.py --steps 25", [], 5),
+        "llmr-50": ("llmr.py --steps 50", [], 5),
+        "llmr-100": ("llmr.py --steps 100", [], 5),
         "llmr-lse": ("llmr.py --value lse", ["llmr"], 3),
+        "llmr-mean": ("llmr.py --value mean", ["llmr"], 3),
+        "llmr-baseline": ("llmr.py --baseline value", ["llmr"], 3),
+    },
+    "llmr-mid": {  # from the students of kd-teacher, where there is something to gain
+        "llmr-mid": (f"llmr.py {MID}", ["kl-mid", "seqkd-mid"], 5),
+        "kl-mid": (f"kd_forward.py {MID} --responses teacher --steps 300", [], 5),
+        "seqkd-mid": (f"kd_forward.py {MID} --responses teacher --alpha 0 --steps 300", ["kl-mid"], 5),
+        **cooler("kl-mid", 5), **cooler("seqkd-mid", 5),
     },
     "dpkd": {
         "dpkd": ("dpkd.py", ["sft", "seqkd", "kd-teacher", "reverse-kl"], 5),
@@ -52,9 +76,9 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
     },
 }
 ROWS = {row: what for table in TABLES.values() for row, what in table.items()}
-SHOWN = ["kl_pq", "kl_qp", "valid", "valid_mass", "valid_greedy", "mode_distance", "rouge_l", "ce"]
-CURVE = ["kl_pq", "kl_qp", "valid", "mode_distance", "fresh_margin", "fresh_nll_t", "fresh_nll_s"]  # validation
-TRAIN = ["margin", "nll_t", "nll_s", "norm_preference", "norm_anchor"]  # training batches, where the method logs them
+SHOWN = ["kl_pq", "kl_qp", "valid", "valid_mass", "valid_greedy", "mode_distance", "entropy", "rouge_l", "ce"]
+CURVE = ["kl_pq", "kl_qp", "valid", "mode_distance", "entropy", "fresh_margin", "fresh_nll_t", "fresh_nll_s"]  # validation
+TRAIN = ["margin", "nll_t", "nll_s", "norm_preference", "norm_anchor", "advantage", "length"]  # training batches, where the method logs them
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t, two-sided
 
 
@@ -67,14 +91,17 @@ def run(row, seed):
     """The record of one run: command, commit, versions and the script's own result.json."""
     import torch
     import transformers
-    command = f"{ROWS[row][0]} --data tiny:{seed} --seed {seed}"
+    for start in re.findall(r"out/results/([\w-]+)-\{seed\}/", ROWS[row][0]):  # its record may be committed, it is not
+        if not (ROOT / f"out/results/{start}-{seed}/student").exists():
+            run(start, seed)
+    command = ROWS[row][0].format(seed=seed) + f" --data tiny:{seed} --seed {seed}"
     out = ROOT / "out" / "results" / f"{row}-{seed}"
     print(f"python {command}", flush=True)
     subprocess.run([sys.executable, *command.split(), "--out", str(out), "--overwrite"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     pick = lambda x, v, keys: {"step": x["step"], "seconds": x["seconds"], **{k: round(v[k], 4) for k in keys if k in v}}
     curve = [pick(x, x["valid"], CURVE) for x in log if "valid" in x]
-    train = [pick(x, x, TRAIN) for x in log if "margin" in x]
+    train = [pick(x, x, TRAIN) for x in log if any(k in x for k in TRAIN)]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {"row": row, "seed": seed, "command": f"python {command}", "commit": commit, "python": platform.python_version(),
             "torch": torch.__version__, "transformers": transformers.__version__, "by_length": by_length(out), "curve": curve, **({"train": train} if train else {}), "result": json.loads((out / "result.json").read_text())}
@@ -106,6 +133,8 @@ def mean_sd(values):
 def table(records, name, columns):
     """Two Markdown tables: means and standard deviations of the rows, and paired differences from their controls."""
     rows, lines = TABLES[name], []
+    here = [r["result"] for (row, _), r in records.items() if row in rows]
+    columns = [k for k in columns if all(f"after.{k}" in r for r in here)]  # older records lack the younger metrics
     value = lambda row, seed, key: records[row, seed]["result"].get(key, float("nan"))
     seeds = {row: sorted(s for r, s in records if r == row) for row in ROWS}
     show = lambda row, which: ["{:.3f} ± {:.3f}".format(*mean_sd([value(row, s, f"{which}.{k}") for s in seeds[row]])) for k in columns]
@@ -136,7 +165,7 @@ def update_readme(records):
     path = ROOT / "README.md"
     text = path.read_text()
     for name in TABLES:
-        new = table(records, name, ["kl_pq", "kl_qp", "valid", "valid_greedy", "mode_distance"])
+        new = table(records, name, ["kl_pq", "kl_qp", "valid", "valid_greedy", "mode_distance", "entropy"])
         text = re.sub(rf"(<!-- table {name} -->\n).*?(\n<!-- end -->)", lambda m, new=new: m[1] + new + m[2], text, flags=re.S)
     path.write_text(text)
 
@@ -153,7 +182,7 @@ def main():
     if args.again:
         row, seed = args.again[0], int(args.again[1])
         old, new = records[row, seed]["result"], run(row, seed)["result"]
-        for k in SHOWN:
+        for k in [k for k in SHOWN if f"after.{k}" in old]:
             a, b = old[f"after.{k}"], new[f"after.{k}"]
             sd = mean_sd([r["result"][f"after.{k}"] for (name, _), r in records.items() if name == row])[1]
             print(f"{k:<15}{a:10.4f} committed {b:10.4f} now   {'same' if abs(a - b) <= 1e-6 else f'{abs(a - b) / max(sd, 1e-9):.2f} sd away'}")

@@ -50,6 +50,7 @@ def test_every_setting_has_a_help_text(capsys):
 @pytest.mark.parametrize("settings, match", [
     (dict(alpha=1.5), "--alpha 1.5: must lie between 0 and 1"),
     (dict(tau=0.0), "--tau 0.0"),
+    (dict(eval_temperature=0.0), "--eval-temperature 0.0: must lie between 0.05 and 100"),
     (dict(steps=-1), "--steps -1"),
     (dict(responses="both"), "choose one of data, teacher"),
     (dict(batch_size=8, accum=3), "multiple of --accum 3"),

@@ -1,4 +1,5 @@
 """The ruler agrees with the packages that people quote. Golden values: rouge-score 0.1.2, sacrebleu 2.5 (13a)."""
+import dataclasses
 import math
 
 import pytest
@@ -66,6 +67,39 @@ def test_ruler_is_zero_between_a_model_and_itself_and_sums_over_the_response(con
         logq = student(ids).logits[0, first:-1].log_softmax(-1)
         total += (logp.exp() * (logp - logq)).sum().item()
     assert mine["kl_pq"] == pytest.approx(total / len(answers), rel=1e-4)
+
+
+def test_entropy_is_that_of_the_whole_response_by_enumeration(config):
+    """Two tokens at most, of V: H(q(y|x)) = - sum over all responses of q log q, in the ruler a mean over samples."""
+    cfg = config("gpt2", max_response=2, eval_rows=4, eval_temperature=0.7)
+    student, _, tokenizer = common.load_pair(dataclasses.replace(cfg, teacher="none"), torch.device("cpu"))
+    test = common.load_data(cfg, student, None, tokenizer).test
+    eos, exact = tokenizer.eos_token_id, []
+    for e in test:
+        first = (student(torch.tensor([e.prompt])).logits[0, -1] / 0.7).log_softmax(-1)
+        second = (student(torch.tensor([e.prompt + [v] for v in range(len(first))])).logits[:, -1] / 0.7).log_softmax(-1)
+        second[eos] = 0.0  # an end has no next token: one response, of log-probability 0 more
+        joint = first[:, None] + second
+        joint[eos, 1:] = -math.inf
+        exact.append(-(joint.exp() * joint.nan_to_num(neginf=0.0)).sum().item())
+    found = common.make_ruler(cfg, None, tokenizer, test * 100)(student)["entropy"]
+    assert found == pytest.approx(sum(exact) / len(exact), rel=0.02)
+
+
+def test_eval_temperature_is_that_of_the_measured_distribution_not_of_the_teacher(config):
+    """A student whose logits are twice as large, measured at T = 2, is the student itself; p stays where it was."""
+    for kind in ("llama", "t5"):
+        cfg = config(kind, max_response=4)
+        student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
+        test = common.load_data(cfg, student, teacher, tokenizer).test
+        plain = common.make_ruler(cfg, teacher, tokenizer, test)(student)
+        hot = common.make_ruler(dataclasses.replace(cfg, eval_temperature=2.0), teacher, tokenizer, test)
+        layer = student.get_output_embeddings()
+        student.set_output_embeddings(torch.nn.Linear(*reversed(layer.weight.shape), bias=False))
+        student.get_output_embeddings().weight.data = 2 * layer.weight.data
+        twice = hot(student)
+        assert {k: pytest.approx(v, rel=1e-4) for k, v in plain.items()} == twice
+        assert hot(teacher)["kl_pq"] > 0.01
 
 
 def test_kl_on_references_needs_no_sampling(config):
