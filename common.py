@@ -35,6 +35,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCa
 
 from assets.metrics import bleu, distinct, rouge_l
 from assets.plumbing import BadInput, Run, RunFailed, check_settings, compute_dtype, main, parse_args  # noqa: F401
+from assets.processes import from_zero, noise_seed, processes, reduce_gradients, total, zero_first  # noqa: F401
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -363,11 +364,13 @@ def collate(examples, model, side="student", edges=()):
 
 
 def step_indices(n, step, cfg):
-    """Which of n examples an optimizer step uses: shuffled anew every epoch, a function of seed and step alone."""
+    """Which of n examples an optimizer step uses: shuffled anew every epoch, a function of seed and step alone.
+    Under torchrun every process takes its share of them."""
     first = step * cfg.batch_size
     epochs = {i // n for i in range(first, first + cfg.batch_size)}
     order = {e: np.random.default_rng((cfg.seed, e)).permutation(n) for e in epochs}
-    return [int(order[i // n][i % n]) for i in range(first, first + cfg.batch_size)]
+    rank, world = processes()
+    return [int(order[i // n][i % n]) for i in range(first + rank, first + cfg.batch_size, world)]
 
 
 class Batches:
@@ -392,7 +395,8 @@ class Batches:
         return step_indices(len(self.examples), step, self.cfg)
 
     def at(self, step):
-        ids, size = sorted(self.indices(step), key=lambda i: self.length[i]), self.cfg.batch_size // self.cfg.accum
+        ids = sorted(self.indices(step), key=lambda i: self.length[i])
+        size = len(ids) // self.cfg.accum
         return [self.batch(ids[i:i + size]) for i in range(0, len(ids), size)]
 
     def batch(self, ids):
@@ -722,12 +726,12 @@ def per_response(row_values, student, teacher, examples, cfg, side="student", ba
         with torch.autocast(student.device.type, dtype, enabled=dtype != torch.float32):
             hidden = states(batch)
             teacher_hidden = teacher_fwd(collate(part, teacher, "teacher").to(teacher.device)) if teacher else None
-        total = 0.0
+        sums = 0.0
         for rows in chunks(len(batch.targets), student.vocab, student.device):
             p = head_logits(teacher, teacher_hidden[rows].to(teacher.dtype)) if teacher else None
             values = torch.stack(row_values(head_logits(student, hidden[rows]), p, batch.targets[rows]), -1)  # (r,k)
-            total = total + values.new_zeros(len(part), values.shape[-1]).index_add_(0, batch.owner[rows], values)
-        out.append(total.cpu().double())
+            sums = sums + values.new_zeros(len(part), values.shape[-1]).index_add_(0, batch.owner[rows], values)
+        out.append(sums.cpu().double())
     student.train(was_training)
     return torch.cat(out)
 
@@ -831,7 +835,8 @@ def resolve(name, role, data, world="worlds"):
                        "name your own --teacher and --student")
     part = "student" + name[4:] if role == "student" else role
     build = importlib.import_module(f"assets.{world}").build
-    return str(build(int(data.partition(":")[2] or 0), cache_dir(), part) / part)
+    with zero_first():
+        return str(build(int(data.partition(":")[2] or 0), cache_dir(), part) / part)
 
 
 if __name__ == "__main__":

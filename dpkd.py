@@ -183,7 +183,8 @@ def train(cfg):
                 "reverse_kl": lambda q, p, y: common.both_kl(q, p, y)[::-1]}.get(cfg.level)  # the control: KL(q||p)
     logprobs = lambda model, part, side: common.per_response(  # of whole responses, without gradient: (len(part),)
         lambda z, _, y: (common.log_softmax_at(z, y),), model, None, part, cfg, side)[:, 0]
-    seed = lambda step: (cfg.seed + 1) * 1_000_003 + step  # not that of y_t: the same noise would draw the same text
+    # not the seed of y_t: the same noise would draw the same text
+    seed = lambda step: common.noise_seed(0, (cfg.seed + 1) * 1_000_003 + step)
     negatives, eos = Negatives(), tokenizer.eos_token_id
     logp_t = logprobs(teacher, batches.examples, "teacher").float().to(device)  # (N,) once: y_t never changes
     ruler, test_ruler = (common.make_ruler(cfg, teacher, tokenizer, part) for part in (data.valid, data.test))
@@ -241,8 +242,9 @@ def train(cfg):
         # one optimizer step over accum micro-batches: sums are divided once, by the tokens or pairs of the whole step
         logged = step % cfg.log_every == 0 or step + 1 == cfg.steps
         fwd = raw_fwd if logged else student_fwd  # gradient norms need a graph that can be walked twice
-        n_tokens, n_pairs = sum(len(b.targets) for b in micro), cfg.batch_size
+        n_tokens, n_pairs = common.total(sum(len(b.targets) for b in micro)), cfg.batch_size
         texts, totals, norms = corpus.at(step) if corpus else [], 0.0, {}
+        n_text = common.total(sum(len(b.targets) for b in texts))
         for k, (batch, batch_s) in enumerate(zip(micro, rejected)):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 student_hidden = fwd(batch)  # (R,H) on y_t
@@ -269,13 +271,14 @@ def train(cfg):
                 terms = {cfg.level: loss}
             if corpus:
                 lm = common.rowwise_loss(lambda q, _, y: (F.cross_entropy(q, y, reduction="none"),), student,
-                                         text_hidden, texts[k].targets)[0] / sum(len(b.targets) for b in texts)
+                                         text_hidden, texts[k].targets)[0] / n_text
                 terms["lm"] = cfg.lm_coef * lm
             if logged and len(terms) > 1:  # which term steers? (of the last micro-batch)
                 norms = {"norm_" + name: gradient_norm(term, student) for name, term in terms.items()}
             loss = sum(terms.values())
             loss.backward()
             totals = totals + torch.stack([loss, *values]).detach()
+        common.reduce_gradients(student, totals)
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -284,8 +287,8 @@ def train(cfg):
             names = {"sequence": ("preference", "ce", "margin", "nll_t", "nll_s"), "reverse_kl": ("kl_pq",),
                      "token": ("preference", "ce", "margin", "agree")}[cfg.level]
             pairs = [(negatives[i][0], batches.examples[i].response) for i in ids if cfg.level != "token"]
-            rates = dict(same=sum(y_s == y_t for y_s, y_t in pairs) / n_pairs,
-                         no_end=sum(y_s[-1] != eos for y_s, _ in pairs) / n_pairs) if pairs else {}
+            rates = dict(same=sum(y_s == y_t for y_s, y_t in pairs) / len(pairs),
+                         no_end=sum(y_s[-1] != eos for y_s, _ in pairs) / len(pairs)) if pairs else {}
             run.log(step, **dict(zip(("loss", *names), totals.tolist())), **rates, **norms,
                     grad_norm=grad_norm.item(), lr=lr, tokens=n_tokens)
         run.end_step(step + 1, student=student, optimizer=optimizer, negatives=negatives)

@@ -153,7 +153,7 @@ def train(cfg):
 
         # one optimizer step over accum micro-batches: sums are divided once, by the tokens of the whole step
         micro = batches.at(step)
-        n_tokens = sum(len(b.targets) for b in micro)
+        n_tokens = common.total(sum(len(b.targets) for b in micro))
         totals = 0.0
         for batch in micro:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -163,6 +163,7 @@ def train(cfg):
                                        batch.targets, teacher if teacher_fwd else None, teacher_hidden)  # loss, CE, KL
             (sums[0] / n_tokens).backward()
             totals = totals + sums.detach() / n_tokens
+        common.reduce_gradients(student, totals)
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -130,12 +130,12 @@ def induced_reward(action_value, state_value, lengths, ended):
     return reward.masked_fill(at >= lengths[:, None], 0.0)
 
 
-def counted_tokens(inside, ended, release):
-    """The tokens that count, (B,N) bool, and the number the loss is divided by."""
+def counted_tokens(inside, ended, release, total=lambda x: x):
+    """The tokens that count, (B,N) bool, and the number the loss is divided by. total: sums over processes."""
     if not release:
-        return inside, len(ended)  # a constant: a number of tokens would depend on what was sampled
-    mask = inside & ended[:, None]
-    return mask, mask.sum() / ended.float().mean()  # i.e. the mean over tokens, times the share of responses kept
+        return inside, total(len(ended))  # a constant: a number of tokens would depend on what was sampled
+    mask = inside & ended[:, None]  # below: the mean over tokens, times the share of responses kept
+    return mask, total(mask.sum()) * total(len(ended)) / total(ended.sum())
 
 
 def returns_to_go(reward):
@@ -229,11 +229,11 @@ def train(cfg):
             sampler.load_state_dict(student.state_dict())
         asked = [examples[i] for i in common.step_indices(len(examples), step, cfg)]
         responses, logb = common.sample(sampler, [e.prompt for e in asked], cfg.max_response, top_k=cfg.top_k,
-                                        seed=10**9 * cfg.seed + step, eos=eos, compiled=cfg.compile)
-        order = sorted(range(cfg.batch_size), key=lambda i: len(asked[i].prompt) + len(responses[i]))  # less padding
+                                        seed=common.noise_seed(cfg.seed, step), eos=eos, compiled=cfg.compile)
+        order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt) + len(responses[i]))  # less padding
         answered, logb = [replace(asked[i], response=responses[i]) for i in order], [logb[i] for i in order]
-        size = cfg.batch_size // cfg.accum
-        micro = [slice(i, i + size) for i in range(0, cfg.batch_size, size)]
+        size = len(asked) // cfg.accum
+        micro = [slice(i, i + size) for i in range(0, len(asked), size)]
 
         # the teacher scores them; after a response without an end it reads one token more, any token, for V(s_{n+1})
         scored = [e if e.response[-1] == eos else replace(e, response=e.response + [eos]) for e in answered]
@@ -248,18 +248,18 @@ def train(cfg):
         ended = torch.tensor([e.response[-1] == eos for e in answered], device=device)  # (B,)
         action_value, state_value, advantage = (  # (B,N+1) each
             common.by_response(torch.cat(v), lengths + ~ended, int(lengths.max()) + 1) for v in zip(*values))
-        if cfg.release and not ended.any():
-            raise common.BadInput(f"step {step}: 100 % of the {len(asked)} samples reach --max-response "
+        if cfg.release and not common.total(ended.sum()):
+            raise common.BadInput(f"step {step}: 100 % of the {cfg.batch_size} samples reach --max-response "
                                   f"{cfg.max_response} without an end and --release discards such: raise it")
         inside = torch.arange(state_value.shape[1] - 1, device=device) < lengths[:, None]  # (B,N); never from ids
-        mask, count = counted_tokens(inside, ended, cfg.release)  # (B,N)
+        mask, count = counted_tokens(inside, ended, cfg.release, common.total)  # (B,N)
         # a cut response would still collect V(s_{n+1}) at best; added to -V(s_{n+1}) it leaves nothing to subtract
         reward = induced_reward(action_value[:, :-1], state_value, lengths, ended | (cfg.cut == "optimal"))  # (B,N)
         returns = returns_to_go(reward)  # (B,N)
         centred = (returns - state_baseline(returns, state_value, mask, cfg.baseline)) / cfg.denom * mask  # (B,N)
 
         # one optimizer step over accum micro-batches: sums are divided once, by the count of the whole step
-        totals = 0.0
+        totals, n_tokens = 0.0, common.total(lengths.sum())
         for part in micro:
             batch = common.collate(answered[part], student, "student", edges).to(device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -273,7 +273,8 @@ def train(cfg):
                 loss = loss + cfg.entropy * common.rowwise_loss(lambda q, p, y: (cross_entropy_to_uniform(q),), student,
                                                                 student_hidden[kept], batch.targets[kept])[0]
             (loss / count).backward()
-            totals = totals + torch.stack([loss.detach() / count, -token_logprobs.detach().sum() / lengths.sum()])
+            totals = totals + torch.stack([loss.detach() / count, -token_logprobs.detach().sum() / n_tokens])
+        common.reduce_gradients(student, totals)
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -16,7 +16,10 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm  # comes with transformers
+
+from assets.processes import join_processes, processes, total
 
 
 class BadInput(Exception):
@@ -63,7 +66,8 @@ def main(train, config_class):
         train(parse_args(config_class))
         return 0
     except (BadInput, RunFailed) as e:
-        print(f"error: {e}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one will do
+            print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, BadInput) else 1
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
@@ -84,9 +88,10 @@ def check_settings(cfg, **limits):
             raise BadInput(f"{flag} {value}: choose one of {', '.join(allowed)}")
         if isinstance(allowed, tuple) and not allowed[0] <= value <= allowed[1]:  # nan fails too
             raise BadInput(f"{flag} {value}: must lie between {allowed[0]} and {allowed[1]}")
-    if cfg.batch_size % cfg.accum:
-        raise BadInput(f"--batch-size {cfg.batch_size} must be a multiple of --accum {cfg.accum}: "
-                       "it counts the sequences of a whole optimizer step")
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.batch_size % (cfg.accum * n):
+        raise BadInput(f"--batch-size {cfg.batch_size} must be a multiple of --accum {cfg.accum}"
+                       f"{f' times {n} processes' if n > 1 else ''}: it counts the sequences of a whole optimizer step")
 
 
 def compute_dtype(cfg, device):
@@ -109,6 +114,11 @@ class Run:
     def __init__(self, cfg, script):
         self.cfg, self.script, self.t0, self.seconds = cfg, Path(script), time.time(), 0.0
         self.finished, self.bar, self.stop, self.first = None, None, 0, 0
+        try:
+            self.device = torch.device(join_processes(cfg.device))
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError):  # absent, unknown, or torch was built without it
+            raise BadInput(f"--device {cfg.device}: not usable on this machine; leave it out for auto") from None
         values, defaults = dataclasses.asdict(cfg), dataclasses.asdict(type(cfg)())
         changed = {k: v for k, v in values.items() if v != defaults[k]}
         name = "-".join([self.script.stem] + [f"{k}={str(v).replace('/', '_')}" for k, v in changed.items()
@@ -118,12 +128,6 @@ class Run:
         self.settings = {"script": self.script.stem, **{k: v for k, v in values.items() if k not in self.FREE}}
         print("\n".join(f"{'*' if k in changed else ' '} {k:<20}{v}" for k, v in values.items()))
         print(f"run directory: {self.dir}")
-        try:
-            auto = "cuda" if torch.cuda.is_available() else "cpu"
-            self.device = torch.device(auto if cfg.device == "auto" else cfg.device)
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError):  # absent, unknown, or torch was built without it
-            raise BadInput(f"--device {cfg.device}: not usable on this machine; leave it out for auto") from None
         self.settings["dtype"] = str(compute_dtype(cfg, self.device))  # "auto" must not change between resumptions
         self._look()
         torch.manual_seed(cfg.seed)
@@ -156,25 +160,15 @@ class Run:
     def start(self, **parts):
         """Create the directory, or load the last checkpoint into `parts` (model, optimizer). Returns the next step."""
         log, saved = self.dir / "log.jsonl", self.dir / "checkpoint.pt"
+        rank, n = processes()
+        if n > 1:
+            torch.manual_seed(self.cfg.seed + rank)  # dropout differs, the weights were made before
+            dist.barrier()  # all have looked before the directory changes
         try:
-            if self.cfg.overwrite and self.dir.exists():
-                shutil.rmtree(self.dir)
-            self.dir.mkdir(parents=True, exist_ok=True)
-            (self.dir / "settings.json").write_text(json.dumps(self.settings, indent=1))
-            shutil.copy(self.script, self.dir / self.script.name)
-            if self.cfg.resume and saved.is_file():
-                state = torch.load(saved, map_location="cpu", weights_only=True)
-                for key, part in parts.items():
-                    part.load_state_dict(state["parts"][key])
-                torch.set_rng_state(state["rng"])
-                if self.device.type == "cuda" and state["cuda_rng"] is not None:
-                    torch.cuda.set_rng_state(state["cuda_rng"])
-                self.first, self.seconds = state["step"], state["seconds"]
-                kept = [x for x in log.read_text().splitlines() if json.loads(x)["step"] < self.first]
-                log.write_text("".join(x + "\n" for x in kept))
-                print(f"resumed from {saved} at step {self.first}")
+            if rank > 0:
+                self._load(saved, parts)
             else:
-                log.write_text("")
+                self._prepare(log, saved, parts)
         except OSError as e:
             raise BadInput(f"cannot write to {self.dir} ({e.strerror}): choose another --out") from None
         self.t0 = time.time()
@@ -185,8 +179,33 @@ class Run:
                 signal.signal(number, self._on_signal)
         return self.first
 
+    def _prepare(self, log, saved, parts):
+        if self.cfg.overwrite and self.dir.exists():
+            shutil.rmtree(self.dir)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "settings.json").write_text(json.dumps(self.settings, indent=1))
+        shutil.copy(self.script, self.dir / self.script.name)
+        kept = []
+        if self._load(saved, parts):
+            kept = [x for x in log.read_text().splitlines() if json.loads(x)["step"] < self.first]
+            print(f"resumed from {saved} at step {self.first}")
+        log.write_text("".join(x + "\n" for x in kept))
+
+    def _load(self, saved, parts):
+        if not (self.cfg.resume and saved.is_file()) or self.cfg.overwrite:
+            return False
+        state = torch.load(saved, map_location="cpu", weights_only=True)
+        for key, part in parts.items():
+            part.load_state_dict(state["parts"][key])
+        if processes()[0] == 0:
+            torch.set_rng_state(state["rng"])
+            if self.device.type == "cuda" and state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"])
+        self.first, self.seconds = state["step"], state["seconds"]
+        return True
+
     def _on_signal(self, number, frame):
-        if self.stop:  # asked twice: leave at once
+        if self.stop and processes()[1] == 1:  # asked twice: leave at once (torchrun does ask twice)
             raise SystemExit(128 + number)
         self.stop = number
 
@@ -215,6 +234,8 @@ class Run:
         self.print(f"step {step:5d}/{self.cfg.steps}  validation: " + "  ".join(f"{k} {metrics[k]:.3f}" for k in top))
 
     def _record(self, step, values):
+        if processes()[0] > 0:
+            return
         with open(self.dir / "log.jsonl", "a") as f:
             f.write(json.dumps({"step": step, "seconds": round(self.elapsed(), 2), **values}) + "\n")
 
@@ -222,12 +243,16 @@ class Run:
         """After every optimizer step (`step` are done): move the bar, save in time, leave if a signal came."""
         if self.bar:
             self.bar.update(1)
-        if self.stop or step % self.cfg.save_every == 0:
+        stop = self.stop
+        if processes()[1] > 1:  # a signal that reached one process stops all, at a step where they wait anyway
+            stop = step % self.cfg.log_every == 0 and total(self.stop) and (self.stop or int(signal.SIGTERM))
+        if stop or step % self.cfg.save_every == 0:
             self.save(step, **parts)
-        if self.stop:
-            print(f"stopped by {signal.Signals(self.stop).name} after step {step}, saved: --resume goes on",
-                  file=sys.stderr)
-            raise SystemExit(128 + self.stop)
+        if stop:
+            if processes()[0] == 0:
+                print(f"stopped by {signal.Signals(stop).name} after step {step}, saved: --resume goes on",
+                      file=sys.stderr)
+            raise SystemExit(128 + stop)
 
     def save(self, step, **parts):
         """Write checkpoint.pt in one piece: a full disk or a kill leaves the previous one as it was, and so does a
@@ -235,6 +260,8 @@ class Run:
         for part in parts.values():
             if isinstance(part, torch.nn.Module) and not all(bool(p.isfinite().all()) for p in part.parameters()):
                 self.log(step, loss=math.nan)  # raises, and names the last good checkpoint
+        if processes()[0] > 0:
+            return
         state = {"step": step, "seconds": self.elapsed(), "rng": torch.get_rng_state(),
                  "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
                  "parts": {k: v.state_dict() for k, v in parts.items()}}
@@ -258,6 +285,9 @@ class Run:
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else peak_rss()
         result = {"method": self.script.stem, **{f"{r}.{k}": round(v, 6) for r in rows for k, v in rows[r].items()},
                   "steps": self.cfg.steps, "seconds": round(self.elapsed(), 1), "peak_gib": round(peak, 3)}
+        if processes()[0] > 0:
+            dist.barrier()
+            return result
         try:
             student.save_pretrained(self.dir / "student")
             tokenizer.save_pretrained(self.dir / "student")
@@ -265,6 +295,8 @@ class Run:
             os.replace(self.dir / "result.tmp", self.dir / "result.json")
         except OSError as e:
             raise BadInput(f"cannot save the student to {self.dir} ({e.strerror}): make room, then --resume") from None
+        if processes()[1] > 1:
+            dist.barrier()
         print(f"saved {self.dir / 'student'}\n---\n" + "\n".join(f"{k}: {v}" for k, v in result.items()))
         return result
 
