@@ -183,8 +183,7 @@ def train(cfg):
                 "reverse_kl": lambda q, p, y: common.both_kl(q, p, y)[::-1]}.get(cfg.level)  # the control: KL(q||p)
     logprobs = lambda model, part, side: common.per_response(  # of whole responses, without gradient: (len(part),)
         lambda z, _, y: (common.log_softmax_at(z, y),), model, None, part, cfg, side)[:, 0]
-    # not the seed of y_t: the same noise would draw the same text
-    seed = lambda step: common.noise_seed(0, (cfg.seed + 1) * 1_000_003 + step)
+    seed = lambda step: common.noise_seed(0, (cfg.seed + 1) * 1_000_003 + step)  # y_t's noise would draw y_t again
     negatives, eos = Negatives(), tokenizer.eos_token_id
     logp_t = logprobs(teacher, batches.examples, "teacher").float().to(device)  # (N,) once: y_t never changes
     ruler, test_ruler = (common.make_ruler(cfg, teacher, tokenizer, part) for part in (data.valid, data.test))
