@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
+from assets import domains
 from assets.metrics import bleu, distinct, rouge_l
 from assets.plumbing import BadInput, Run, RunFailed, check_settings, compute_dtype, main, parse_args  # noqa: F401
 from assets.processes import from_zero, noise_seed, processes, reduce_gradients, total, zero_first  # noqa: F401
@@ -308,6 +309,32 @@ def load_corpus(path, tokenizer, cfg):
     if not tokens:
         raise BadInput(f"{path}: the file has no text")
     return [Example([eos], [eos], tokens[i:i + n]) for i in range(0, len(tokens), n)]
+
+
+def load_domains(cfg, student, teacher, tokenizer, world):
+    """SimpleNamespace(names, train, valid, test, sha1): for every domain of --domains or --data, memory-mapped tokens
+    packed into sequences of --max-tokens; assets/domains.py. Of valid and test at most `gap_rows` and `eval_rows`
+    sequences a domain, as Examples: the first token is the prompt, so that all that follow it are predicted."""
+    for model, what in ((student, "student"), (teacher, "teacher")):
+        context = getattr(model.config, "max_position_embeddings", None) if model is not None else None
+        if model is not None and model.config.is_encoder_decoder:
+            raise BadInput(f"the {what} is an encoder-decoder: running text wants a decoder-only model")
+        if context and cfg.max_tokens > context:
+            raise BadInput(f"--max-tokens {cfg.max_tokens} does not fit the {what}'s context of {context} tokens")
+    sources = domains.parse(cfg.domains, "--domains") if cfg.domains else \
+        domains.folder(resolve(cfg.data, "data", cfg.data, world))
+    data = domains.load(sources, tokenizer, cfg, cache_dir())
+    for split, limit in (("valid", cfg.gap_rows), ("test", cfg.eval_rows)):
+        setattr(data, split, {n: [sequence(x) for x in getattr(data, split)[n][:limit]] for n in data.names})
+    shown = [f"{n} {len(data.train[n])} {len(data.valid[n])} {len(data.test[n])}" for n in data.names]
+    print(f"{cfg.max_tokens}-token sequences (train valid test): {', '.join(shown)}; corpus {data.sha1}", flush=True)
+    return data
+
+
+def sequence(tokens):
+    """Packed tokens -> Example: the first token is the prompt, the others are the response."""
+    tokens = [int(t) for t in tokens]
+    return Example(tokens[:1], tokens[:1], tokens[1:])
 
 
 @dataclass

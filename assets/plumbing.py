@@ -79,9 +79,9 @@ def check_settings(cfg, **limits):
     common = dict(steps=(0, 10**9), batch_size=(1, 10**9), accum=(1, cfg.batch_size), lr=(0, 1e3),
                   clip=(1e-9, math.inf), eval_every=(1, math.inf), log_every=(1, math.inf), save_every=(1, math.inf),
                   eval_rows=(1, math.inf), holdout=(0, 0.4), max_prompt=(1, 10**9), max_response=(1, 10**9),
-                  kl_on=["samples", "references"], dtype=["auto", "float32", "bfloat16"])
-    if hasattr(cfg, "eval_temperature"):
-        common["eval_temperature"] = (0.05, 100)  # at 0 it would have no entropy, and KL(p||q) no bound
+                  kl_on=["samples", "references"], dtype=["auto", "float32", "bfloat16"],
+                  eval_temperature=(0.05, 100))  # at 0 there would be no entropy, and no bound to KL(p||q)
+    common = {name: allowed for name, allowed in common.items() if hasattr(cfg, name)}
     for name, allowed in {**common, **limits}.items():
         value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
         if isinstance(allowed, list) and value not in allowed:
@@ -230,7 +230,8 @@ class Run:
     def evaluated(self, step, metrics):
         """The ruler's numbers on validation rows: all of them to log.jsonl, the main ones to the screen."""
         self._record(step, {"valid": metrics})
-        top = [k for k in ("kl_pq", "kl_qp", "ce", "rouge_l", "valid", "valid_greedy", "mode_distance") if k in metrics]
+        top = [k for k in ("kl_pq", "kl_qp", "ce", "rouge_l", "valid", "valid_greedy", "mode_distance", "worst_gap",
+                           "mean_gap", "mean_ce") if k in metrics]
         self.print(f"step {step:5d}/{self.cfg.steps}  validation: " + "  ".join(f"{k} {metrics[k]:.3f}" for k in top))
 
     def _record(self, step, values):
@@ -273,8 +274,9 @@ class Run:
             raise BadInput(f"cannot save {self.dir / 'checkpoint.pt'} at step {step} ({str(e).splitlines()[0]}): "
                            f"make room or choose another --out; {there}") from None
 
-    def finish(self, student, tokenizer, rows):
-        """Save the student, print the table of `rows` {name: metrics} and the key: value block, write result.json."""
+    def finish(self, student, tokenizer, rows, **more):
+        """Save the student, print the table of `rows` {name: metrics} and the key: value block, write result.json.
+        `more` is what else the result should say."""
         if self.bar:
             self.bar.close()
         keys = list(rows["after"])
@@ -284,10 +286,15 @@ class Run:
             print(f"{k:<20}" + "".join(f"{rows[r][k]:16.4f}" if k in rows[r] else f"{'':16}" for r in rows))
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else peak_rss()
         result = {"method": self.script.stem, **{f"{r}.{k}": round(v, 6) for r in rows for k, v in rows[r].items()},
+<<<<<<< HEAD
                   "steps": self.cfg.steps, "seconds": round(self.elapsed(), 1), "peak_gib": round(peak, 3)}
         if processes()[0] > 0:
             dist.barrier()
             return result
+=======
+                  "steps": self.cfg.steps, "seconds": round(self.elapsed(), 1), "peak_gib": round(peak, 3),
+                  **more}
+>>>>>>> 66db7db (ddk.py, world 3, packed domains)
         try:
             student.save_pretrained(self.dir / "student")
             tokenizer.save_pretrained(self.dir / "student")

@@ -1,0 +1,559 @@
+"""ddk.py against its equations, the data path from documents to draws, and whole runs with teachers that are exact."""
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import WORDS, small_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import common
+import ddk
+from assets import domains, world3
+
+CPU = torch.device("cpu")
+vector = lambda *x: torch.tensor(x, dtype=torch.float64)
+close = lambda got, wanted, tol=5e-9: np.abs(np.array(got) - np.array(wanted)).max() < tol
+
+
+# ---- the equations ------------------------------------------------------------------------------------------------
+TEACHER = vector(10, 5, 2).log()
+
+
+def gap(*student_ppl):
+    return ddk.domain_gap(vector(*student_ppl).log(), TEACHER)
+
+
+def test_gap_and_prior_of_a_worked_example():
+    assert close(gap(12, 7.5, 3.6), [1.2, 1.5, 1.8])
+    assert close(ddk.prior(gap(12, 7.5, 3.6)).exp(), [0.23969448, 0.32355370, 0.43675182])
+
+
+def test_mixture_of_a_worked_example():
+    r, seen = ddk.prior(gap(12, 7.5, 3.6)), []
+    for _ in range(60):
+        r = ddk.mixture(r, gap(12, 7.5, 3.6), 0.5)
+        seen.append(r.exp().tolist())
+    assert close(seen[0], [0.24807025, 0.31499367, 0.43693608])
+    assert close(seen[1], [0.25107780, 0.31134890, 0.43757330])
+    assert close(seen[-1], [0.25268843, 0.30837204, 0.43893953])
+
+
+def test_mixture_follows_changing_gaps():
+    r = ddk.mixture(ddk.prior(gap(12, 7.5, 3.6)), gap(11.5, 6, 3), 0.5)
+    assert close(r.exp(), [0.26657121, 0.30843797, 0.42499082])
+    assert close(ddk.mixture(r, gap(11, 5.5, 2.4), 0.5).exp(), [0.29424973, 0.31428749, 0.39146277])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_mixture_equals_the_equation_written_out(alpha):
+    rng = random.Random(0)
+    rho, r = [rng.uniform(0.8, 6) for _ in range(5)], [0.1, 0.3, 0.05, 0.35, 0.2]
+    psi = [a * math.exp(b) for a, b in zip(r, rho)]
+    wanted = [alpha * x / sum(psi) + (1 - alpha) / 5 for x in psi]
+    assert close(ddk.mixture(vector(*r).log(), vector(*rho), alpha).exp(), wanted, 1e-12)
+
+
+def test_equal_gaps_decay_to_uniform_by_alpha_at_every_step():
+    r = vector(.7, .2, .1).log()
+    for t in range(1, 8):
+        r = ddk.mixture(r, vector(2, 2, 2), 0.5)
+        assert close(r.exp(), (0.5**t * (vector(.7, .2, .1) - 1 / 3) + 1 / 3), 1e-12)
+
+
+@pytest.mark.parametrize("n, alpha, low, high", [(10, .5, .05, .55), (6, .5, .5 / 6, .5 + .5 / 6), (5, .8, .04, .84)])
+def test_shares_stay_between_floor_and_cap(n, alpha, low, high):
+    generator, r = torch.Generator().manual_seed(0), torch.full((n,), -math.log(n), dtype=torch.float64)
+    for _ in range(200):
+        r = ddk.mixture(r, 1 + 30 * torch.rand(n, dtype=torch.float64, generator=generator) ** 6, alpha)
+        assert r.exp().sum() == pytest.approx(1) and low - 1e-12 <= r.exp().min() and r.exp().max() <= high + 1e-12
+
+
+def test_only_differences_of_gaps_count():
+    r, rho = vector(.5, .3, .2).log(), vector(1.2, 1.5, 1.8)
+    assert close(ddk.mixture(r, rho, .5), ddk.mixture(r, rho + 7, .5), 1e-12)
+    assert close(ddk.prior(rho), ddk.prior(rho + 7), 1e-12)
+    assert not close(ddk.prior(rho), ddk.prior(2 * rho), 0.1)
+
+
+def test_constant_gaps_lead_to_the_closed_form():
+    """r_i = ((1-alpha)/N) / (1 - alpha e^rho_i / Z) with the Z > alpha max e^rho at which they sum to 1."""
+    rho, alpha = vector(1.1, 1.3, 2.0, 2.9), 0.5
+    at = lambda Z: ((1 - alpha) / 4) / (1 - alpha * rho.exp() / Z)
+    low, high = alpha * rho.exp().max() * (1 + 1e-12), 1e4
+    for _ in range(200):
+        Z = (low + high) / 2
+        low, high = (Z, high) if at(Z).sum() > 1 else (low, Z)
+    for start in (vector(.25, .25, .25, .25), vector(.97, .01, .01, .01)):
+        r = start.log()
+        for _ in range(100):
+            r = ddk.mixture(r, rho, alpha)
+        assert close(r.exp(), at(Z), 1e-9)
+
+
+def test_shares_are_finite_where_the_exponential_of_a_gap_is_not():
+    rho = vector(1000, 1, 740)
+    assert math.isinf(np.exp(np.float64(1000)))
+    assert close(ddk.prior(rho).exp(), [1, 0, 0])
+    assert close(ddk.mixture(ddk.prior(rho), rho, .5).exp(), [4 / 6, 1 / 6, 1 / 6])
+    starved = ddk.mixture(ddk.prior(rho), rho, 1.0)  # no floor: shares far below the smallest float are still ordered
+    assert starved.isfinite().all() and starved[1] < starved[2] < -500
+    for _ in range(3):
+        starved = ddk.mixture(starved, vector(1, 2000, 1), 1.0)
+    assert close(starved.exp(), [0, 1, 0])  # and come back
+
+
+def test_no_weight_on_the_gaps_is_the_uniform_mixture():
+    assert close(ddk.mixture(vector(.9, .1).log(), vector(1, 50), 0.0).exp(), [.5, .5], 1e-12)
+
+
+def test_loss_of_a_worked_example():
+    q, p, y = vector(2, 0, -1, 0, 1, 0).view(2, 3), vector(1, 1, -2, 0, 3, 0).view(2, 3), torch.tensor([0, 1])
+    loss, ce, kl = (x.mean().item() for x in ddk.distill_loss(q, p, y, 0.2, 1.0))
+    assert close([loss, ce, kl], [.430968, .360645, .351615], 1e-6)
+    assert close(ddk.distill_loss(q, p, y, 0.2, 2.0)[2].mean(), .116051, 1e-6)  # no tau^2
+    assert close(ddk.distill_loss(p, q, y, 0.2, 1.0)[2].mean(), .355372, 1e-6)  # the other direction differs
+
+
+@pytest.mark.parametrize("gamma, tau", [(0.0, 1.0), (0.2, 1.0), (0.5, 2.0)])
+def test_loss_equals_the_equation_in_loops(gamma, tau):
+    torch.manual_seed(0)
+    q, p, y = torch.randn(6, 9).double() * 2, torch.randn(6, 9).double() * 2, torch.randint(9, (6,))
+    for row, got in enumerate(ddk.distill_loss(q, p, y, gamma, tau)[0].tolist()):
+        softmax = lambda z, t: [math.exp(v / t) / sum(math.exp(u / t) for u in z) for v in z]
+        P, Q = softmax(p[row].tolist(), tau), softmax(q[row].tolist(), tau)
+        kl = sum(a * math.log(a / b) for a, b in zip(P, Q))
+        assert got == pytest.approx(-math.log(softmax(q[row].tolist(), 1)[y[row]]) + gamma * kl, rel=1e-9)
+
+
+def test_gamma_zero_is_cross_entropy_and_needs_no_teacher():
+    q, p, y = torch.randn(4, 7), torch.randn(4, 7), torch.randint(7, (4,))
+    wanted = torch.nn.functional.cross_entropy(q, y, reduction="none")
+    assert torch.equal(ddk.distill_loss(q, p, y, 0.0, 1.0)[0], wanted)
+    assert torch.equal(ddk.distill_loss(q, None, y, 0.0, 1.0)[0], wanted)
+
+
+def test_a_student_equal_to_the_teacher_has_no_kl_and_leaves_the_mixture_uniform():
+    q, ce = torch.randn(4, 7).double(), vector(1.3, .2, 2.7)
+    assert ddk.distill_loss(q, q, torch.zeros(4, dtype=torch.long), 0.2, 1.0)[2].abs().max() < 1e-12
+    assert torch.equal(ddk.domain_gap(ce, ce), vector(1, 1, 1)) and close(ddk.prior(vector(1, 1, 1)).exp(), 1 / 3)
+
+
+# ---- draws --------------------------------------------------------------------------------------------------------
+def test_a_cursor_covers_every_sequence_before_one_repeats():
+    mix, seen = ddk.Mixture([5, 7], vector(.5, .5), 3), {0: [], 1: []}
+    for step in range(40):  # the shares change, the cursors go on
+        for i, j in mix.draw(step, 3, vector(.9, .1) if step % 2 else vector(.2, .8)):
+            seen[i].append(j)
+    for i, size in ((0, 5), (1, 7)):
+        passes = [seen[i][a:a + size] for a in range(0, len(seen[i]) - size + 1, size)]
+        assert len(passes) > 3 and all(sorted(p) == list(range(size)) for p in passes)
+        assert len(set(map(tuple, passes))) > 1  # reshuffled
+        assert mix.drawn[i] == len(seen[i])
+
+
+def test_draws_follow_the_shares():
+    mix, shares, n = ddk.Mixture([50, 50, 50], vector(1, 1, 1) / 3, 0), vector(.6, .3, .1), 6000
+    count = [0, 0, 0]
+    for step in range(n // 20):
+        for i, _ in mix.draw(step, 20, shares):
+            count[i] += 1
+    for got, p in zip(count, shares.tolist()):
+        assert abs(got - n * p) < 4 * math.sqrt(n * p * (1 - p))  # four standard deviations
+    assert close(mix.total / (n // 20), shares, 1e-9)
+
+
+def test_a_restored_mixture_draws_what_the_first_would_have_drawn():
+    one, shares = ddk.Mixture([5, 7], vector(.5, .5), 3), vector(.3, .7)
+    one.log_shares = shares.log()
+    [one.draw(step, 4, shares) for step in range(9)]
+    other = ddk.Mixture([5, 7], vector(.5, .5), 3)
+    other.load_state_dict({k: v.clone() if torch.is_tensor(v) else v for k, v in one.state_dict().items()})
+    assert torch.equal(other.log_shares, one.log_shares)
+    assert [other.draw(s, 4, shares) for s in range(9, 20)] == [one.draw(s, 4, shares) for s in range(9, 20)]
+    with pytest.raises(common.BadInput, match="corpus has changed"):
+        ddk.Mixture([5, 8], vector(.5, .5), 3).load_state_dict(one.state_dict())
+
+
+# ---- from documents to sequences ----------------------------------------------------------------------------------
+def write_docs(path, n, seed, words=WORDS):
+    rng = random.Random(seed)
+    texts = [" ".join(rng.choices(words, k=rng.randint(5, 30))) for _ in range(n)]
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return texts
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A directory with three domains, of which the first is the largest."""
+    (tmp_path / "data").mkdir()
+    for i, (name, n) in enumerate((("big", 400), ("mid", 150), ("small", 80))):
+        write_docs(tmp_path / f"data/{name}.jsonl", n, i, WORDS[6 * i:6 * i + 8])
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def cfg(pair, corpus, tmp_path):
+    """cfg(**settings) -> a ddk.Config for a run of a second."""
+    teacher, student = pair("llama")
+
+    def make(**settings):
+        small = dict(teacher=str(teacher), student=str(student), data=str(corpus), max_tokens=16, holdout=0.1,
+                     steps=6, interval=2, batch_size=6, lr=1e-3, warmup=2, gap_rows=5, eval_rows=5, eval_every=3,
+                     log_every=1, save_every=100, device="cpu", compile=False, out=str(tmp_path / "run"))
+        return ddk.Config(**{**small, **settings})
+    return make
+
+
+def test_packed_tokens_are_the_documents_of_their_split_with_eos_between(tmp_path, monkeypatch, cfg):
+    monkeypatch.setattr(domains, "BUFFER", 500)  # many small writes
+    texts, tokenizer = write_docs(tmp_path / "a.jsonl", 200, 0), small_tokenizer()
+    (tmp_path / "b.txt").write_text("\n\n \n".join(texts[:150]) + "\n\nline one\nline two\n")
+    data = domains.load({"a": str(tmp_path / "a.jsonl"), "b": str(tmp_path / "b.txt")}, tokenizer, cfg(), tmp_path)
+    for name, docs in (("a", texts), ("b", [t + "\n" for t in texts[:150]] + ["line one\nline two\n"])):
+        for split in domains.SPLITS:
+            mine = [d for d in docs if domains.split_of(d, 0.1) == split]
+            wanted = [t for d in mine for t in tokenizer(d).input_ids + [tokenizer.eos_token_id]]
+            got = getattr(data, split)[name]
+            assert isinstance(got, np.memmap) and got.shape[1] == 16 and got.shape[0] == len(wanted) // 16
+            assert got.flatten().tolist() == wanted[:got.size]
+
+
+def test_no_document_is_in_two_splits_and_splits_have_their_share(tmp_path, cfg):
+    texts = write_docs(tmp_path / "a.jsonl", 3000, 0)
+    parts = {s: {t for t in texts if domains.split_of(t, 0.1) == s} for s in domains.SPLITS}
+    assert not parts["train"] & parts["valid"] and not parts["train"] & parts["test"] and not parts["valid"] & parts["test"]
+    for split in ("valid", "test"):
+        assert 250 < len(parts[split]) < 350
+    assert domains.split_of(texts[0] * 2, 0.1) == domains.split_of(texts[0] * 2, 0.1)
+
+
+def test_the_steering_split_and_the_reported_split_share_no_sequence(cfg):
+    c = cfg(gap_rows=10**6, eval_rows=10**6)
+    student, teacher, tokenizer = common.load_pair(c, CPU)
+    data = common.load_domains(c, student, teacher, tokenizer, "world3")
+    for name in data.names:
+        of = {s: {tuple(e.prompt + e.response) for e in getattr(data, s)[name]} for s in ("valid", "test")}
+        train = {tuple(x.tolist()) for x in data.train[name]}
+        assert of["valid"] and of["test"] and not of["valid"] & of["test"] and not train & (of["valid"] | of["test"])
+
+
+def test_what_was_packed_is_found_again_and_a_changed_file_is_not(tmp_path, cfg, capsys):
+    write_docs(tmp_path / "a.jsonl", 100, 0), write_docs(tmp_path / "b.jsonl", 100, 1)
+    load = lambda: domains.load({n: str(tmp_path / f"{n}.jsonl") for n in "ab"}, small_tokenizer(), cfg(), tmp_path)
+    first = load().sha1
+    assert "packing domain a" in capsys.readouterr().out
+    assert load().sha1 == first and capsys.readouterr().out == ""
+    write_docs(tmp_path / "a.jsonl", 120, 2)
+    assert load().sha1 != first and "packing domain a" in capsys.readouterr().out
+
+
+def test_sources_of_every_kind(tmp_path):
+    import datasets
+    (tmp_path / "src/deep").mkdir(parents=True)
+    (tmp_path / "src/a.py").write_text("x = 1\n\ny = 2\n")
+    (tmp_path / "src/deep/b.py").write_text("z = 3\n")
+    read = lambda source: list(domains.documents("d", str(source)))
+    assert read(tmp_path / "src") == read(f"{tmp_path}/src/**/*.py") == ["x = 1\n\ny = 2\n", "z = 3\n"]  # files are whole
+    assert read(tmp_path / "src/a.py") == ["x = 1\n", "y = 2\n"]  # but one file is parted by its blank lines
+    (tmp_path / "c.jsonl").write_text('{"content": "def f(): ..."}\n\n{"text": "\\u2028 a"}\n')
+    assert read(tmp_path / "c.jsonl") == ["def f(): ...", "\u2028 a"]
+    datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}]).save_to_disk(tmp_path / "saved")
+    assert read(tmp_path / "saved") == ["one", "two"]
+
+
+def test_a_limit_on_tokens_is_kept(cfg):
+    student, teacher, tokenizer = common.load_pair(c := cfg(domain_tokens=200), CPU)
+    data = common.load_domains(c, student, teacher, tokenizer, "world3")
+    assert [len(data.train[n]) for n in data.names] == [12, 12, 12]
+
+
+# ---- whole runs ---------------------------------------------------------------------------------------------------
+def records(c, key):
+    return [x for x in map(json.loads, open(f"{c.out}/log.jsonl")) if key in x]
+
+
+def test_cross_entropy_of_a_domain_is_that_of_the_model_itself(cfg):
+    student, teacher, tokenizer = common.load_pair(c := cfg(), CPU)
+    data = common.load_domains(c, student, teacher, tokenizer, "world3")
+    got = ddk.domain_ce(student, data.valid, c)
+    for name, ce in zip(data.names, got.tolist()):
+        nll = []
+        for e in data.valid[name]:
+            ids = torch.tensor([e.prompt + e.response])
+            logp = student(ids).logits[0, :-1, :student.vocab].log_softmax(-1)
+            nll += [-logp[t, ids[0, t + 1]].item() for t in range(15)]
+        assert len(nll) == 5 * 15 and ce == pytest.approx(sum(nll) / len(nll), rel=1e-5)
+
+
+def test_a_run_reports_gaps_and_follows_them(cfg):
+    c = cfg(steps=8)
+    result = ddk.train(c)
+    names = ["big", "mid", "small"]
+    assert result["teacher.worst_gap"] == 1.0 and result["corpus"] and result["gap_seconds"] > 0
+    assert result["after.worst_gap"] == max(result[f"after.gap_{n}"] for n in names)
+    assert result["after.mean_gap"] == pytest.approx(sum(result[f"after.gap_{n}"] for n in names) / 3, abs=1e-5)
+    assert result["after.ppl_big"] == pytest.approx(result["teacher.ppl_big"] * result["after.gap_big"], rel=1e-4)
+    log = {x["step"]: x["valid"] for x in records(c, "valid")}
+    gaps = lambda step: vector(*(log[step][f"gap_{n}"] for n in names))
+    r, spent = ddk.prior(gaps(0)), []
+    for step in (2, 4, 6, 8):  # the logged shares are Eq. 2 on the logged gaps, from Eq. 1 on
+        r = ddk.mixture(r, gaps(step), 0.5)
+        assert close(r.exp(), [log[step][f"share_{n}"] for n in names], 1e-9)
+        spent += [log[step][f"share_{n}"] for n in names] if step < 8 else []
+    natural = vector(*(log[0][f"share_{n}"] for n in names))
+    assert natural[0] > natural[1] > natural[2]  # interval 0 is natural, r_0 is never drawn from
+    average = (2 * natural + 2 * vector(*spent).view(3, 3).sum(0)) / 8
+    assert close(average, [result[f"after.share_{n}"] for n in names], 1e-5)
+
+
+def drawn(monkeypatch, c):
+    """What a run draws, step by step."""
+    out, draw = [], ddk.Mixture.draw
+    monkeypatch.setattr(ddk.Mixture, "draw", lambda self, *args: out.append(draw(self, *args)) or out[-1])
+    ddk.train(c)
+    monkeypatch.setattr(ddk.Mixture, "draw", draw)
+    return out
+
+
+def test_interval_zero_is_drawn_in_natural_proportion_whatever_the_gaps(cfg, monkeypatch, tmp_path):
+    runs = {m: drawn(monkeypatch, cfg(mix=m, out=str(tmp_path / m))) for m in ("ddk", "no-smoothing", "natural", "uniform")}
+    assert runs["ddk"][:2] == runs["no-smoothing"][:2] == runs["natural"][:2] != runs["uniform"][:2]
+    assert runs["ddk"] != runs["natural"]
+
+
+def test_without_smoothing_the_shares_are_the_softmax_of_the_gaps(cfg):
+    ddk.train(c := cfg(mix="no-smoothing"))
+    for x in records(c, "valid"):
+        if x["step"] in (2, 4, 6):
+            wanted = vector(*(x["valid"][f"gap_{n}"] for n in ("big", "mid", "small"))).softmax(-1)
+            assert close(wanted, [x["valid"][f"share_{n}"] for n in ("big", "mid", "small")], 1e-9)
+
+
+def test_static_shares_come_from_the_settings_or_from_a_run(cfg, tmp_path):
+    names = ["big", "mid", "small"]
+    ddk.train(c := cfg())
+    result = json.load(open(f"{c.out}/result.json"))
+    got = ddk.fixed_shares(f"{c.out}/result.json", names)
+    assert close(got, [result[f"after.share_{n}"] for n in names], 1e-5)
+    again = ddk.train(cfg(mix="static", shares=f"{c.out}/result.json", out=str(tmp_path / "static")))
+    assert close([again[f"after.share_{n}"] for n in names], got, 1e-5)
+    assert close(ddk.fixed_shares("small=.2,big=.5,mid=.3", names), [.5, .3, .2])
+
+
+@pytest.mark.parametrize("mix", ["ddk", "no-smoothing", "uniform"])
+def test_a_resumed_run_ends_bit_by_bit_where_it_would_have_ended(cfg, tmp_path, mix):
+    whole, halves = (cfg(mix=mix, steps=9, out=str(tmp_path / n)) for n in ("whole", "halves"))
+    ddk.train(whole)
+    stop, done = common.Run.end_step, []
+
+    def interrupted(self, step, **parts):
+        if step == 5:
+            self.stop = 2
+        stop(self, step, **parts)
+    common.Run.end_step = interrupted
+    try:
+        with pytest.raises(SystemExit):
+            ddk.train(halves)
+    finally:
+        common.Run.end_step = stop
+    halves.resume = True
+    ddk.train(halves)
+    for c in (whole, halves):
+        model = transformers.AutoModelForCausalLM.from_pretrained(f"{c.out}/student")
+        result = json.load(open(f"{c.out}/result.json"))
+        done.append(([p for p in model.parameters()], {k: v for k, v in result.items() if "." in k},
+                     [(x["step"], x["valid"]) for x in records(c, "valid")]))
+    assert all(torch.equal(a, b) for a, b in zip(done[0][0], done[1][0]))
+    assert done[0][1:] == done[1][1:]  # every gap and every share
+
+
+def test_accumulation_in_the_script_itself(cfg, tmp_path):
+    norms = []
+    for accum in (1, 2, 6):
+        ddk.train(c := cfg(steps=1, accum=accum, out=str(tmp_path / f"a{accum}")))
+        norms += [x["grad_norm"] for x in records(c, "loss")]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+
+
+def test_gamma_zero_trains_as_cross_entropy_without_a_teacher_does(cfg, tmp_path):
+    ddk.train(a := cfg(mix="uniform", gamma=0.0, out=str(tmp_path / "a")))
+    ddk.train(b := cfg(mix="uniform", gamma=0.0, teacher="none", out=str(tmp_path / "b")))
+    assert [x["loss"] for x in records(a, "loss")] == [x["loss"] for x in records(b, "loss")]
+
+
+# ---- teachers that are exact: Markov tables -----------------------------------------------------------------------
+def markov(root, sharp):
+    """Domains of four words each with a known table: (teacher directory, student directory, sources, tables).
+
+    The teacher is a Llama without layers: its logits are the logarithms of the table, so its cross entropy is the
+    entropy and no student can do better in the mean. `sharp` says how far each domain is from uniform.
+    """
+    V, rng = 1 + 4 * len(sharp), np.random.default_rng(0)
+    words = ["<eos>"] + [f"w{i}" for i in range(1, V)]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
+    table, sources = np.full((V, V), 1e-6), {}
+    table[0] = 1 / V
+    for d, s in enumerate(sharp):
+        block = slice(1 + 4 * d, 5 + 4 * d)
+        p = rng.dirichlet([1] * 4, 4) ** s
+        table[block, block] = p / p.sum(-1, keepdims=True)
+        texts = []
+        for _ in range(120):
+            x = [int(rng.integers(block.start, block.stop))]
+            for _ in range(159):
+                q = table[x[-1], block]
+                x.append(block.start + int(rng.choice(4, p=q / q.sum())))
+            texts.append(" ".join(words[i] for i in x))
+        (root / f"d{d}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+        sources[f"d{d}"] = str(root / f"d{d}.jsonl")
+    table /= table.sum(-1, keepdims=True)
+    small = dict(vocab_size=V, num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=64, bos_token_id=0,
+                 eos_token_id=0, pad_token_id=0, rms_norm_eps=1e-12, tie_word_embeddings=False)
+    teacher = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=V, intermediate_size=V, num_hidden_layers=0, head_dim=2, **small))
+    with torch.no_grad():
+        teacher.model.embed_tokens.weight.copy_(torch.eye(V))
+        teacher.lm_head.weight.copy_(torch.from_numpy(np.log(table).T / math.sqrt(V)))
+    torch.manual_seed(0)
+    student = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, **small))
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root / "teacher", root / "student", sources, table
+
+
+def entropy_rate(p):
+    """Of a Markov chain, nats a step: the entropies of its rows under its stationary distribution."""
+    p = p / p.sum(-1, keepdims=True)
+    pi = np.linalg.matrix_power(p, 500)[0]
+    return -(pi[:, None] * p * np.log(p)).sum()
+
+
+def test_exact_teachers_put_the_floor_of_every_gap_at_one(tmp_path, cfg):
+    teacher, student, sources, table = markov(tmp_path, sharp=[3.0, 1.5, 0.0])
+    c = cfg(teacher=str(teacher), student=str(student), data="tiny", gap_rows=50, eval_rows=50, steps=120, interval=20,
+            eval_every=20, lr=2e-2, batch_size=12, domains=",".join(f"{n}={s}" for n, s in sources.items()))
+    result = ddk.train(c)
+    for d in range(3):
+        block = slice(1 + 4 * d, 5 + 4 * d)
+        ppl = math.exp(entropy_rate(table[block, block]))
+        assert result[f"teacher.ppl_d{d}"] == pytest.approx(ppl, rel=0.15)  # 750 tokens, and an EOS now and then
+        assert 0.93 < result[f"after.gap_d{d}"] < 1.15 < result[f"before.gap_d{d}"]
+    log = [x["valid"] for x in records(c, "valid")]
+    assert log[0]["gap_d0"] == max(log[0][f"gap_d{d}"] for d in range(3))  # the sharpest is hardest for a fresh student
+    assert log[1]["share_d0"] > log[1]["share_d2"]
+    # without differences nothing is left but the uniform mixture; the floor held all along
+    assert all(abs(log[-1][f"share_d{d}"] - 1 / 3) < 0.1 for d in range(3))
+    assert all(x[f"share_d{d}"] >= 1 / 6 - 1e-9 for x in log[1:] for d in range(3))
+
+
+def test_no_distribution_beats_the_one_that_wrote_the_text():
+    """The floor itself, without sampling: exp(expected CE of q - entropy of p) >= 1, and 1 at q = p only."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(200, 6, dtype=torch.float64, generator=generator).softmax(-1)
+    q = (torch.randn(200, 6, dtype=torch.float64, generator=generator)).softmax(-1)
+    cross = lambda a, b: -(a * b.log()).sum(-1)
+    assert (ddk.domain_gap(cross(p, q), cross(p, p)) > 1).all() and (ddk.domain_gap(cross(p, p), cross(p, p)) == 1).all()
+
+
+# ---- bad input ----------------------------------------------------------------------------------------------------
+def refused(match, function, *args):
+    with pytest.raises(common.BadInput, match=match) as caught:
+        function(*args)
+    assert "\n" not in str(caught.value).strip() and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("settings, match", [
+    (dict(mix="dkk"), "--mix dkk: choose one of ddk"),
+    (dict(alpha=1.2), "--alpha 1.2"), (dict(interval=0), "--interval 0"), (dict(gamma=-1.0), "--gamma -1.0"),
+    (dict(tau=0.0), "--tau 0.0"), (dict(max_tokens=1), "--max-tokens 1"),
+    (dict(max_tokens=128), "--max-tokens 128 does not fit the student's context of 64"),
+    (dict(teacher="none"), "--gamma 0.2 with --mix ddk needs a teacher"),
+    (dict(teacher="none", gamma=0.0), "--mix ddk needs a teacher"),
+    (dict(mix="static"), "it alone, wants --shares"), (dict(shares="a=1"), "it alone, wants --shares"),
+    (dict(mix="static", shares="big=.5,mid=.5"), "one share of at least 0 for each of big, mid, small"),
+    (dict(mix="static", shares="big=.5,mid=.4,small=.4"), "together 1"),
+    (dict(mix="static", shares="big=half"), "--shares big=half"),
+    (dict(mix="static", shares="no/result.json"), "No such file"),
+    (dict(data="nowhere"), "neither a tiny world .* nor a directory"),
+    (dict(domains="a=x,a=y"), "the name a is given twice"), (dict(domains="a"), "name=value is wanted"),
+    (dict(domains="a b=x,c=y"), "name=value is wanted"), (dict(domains="a=no.txt,b=no.txt"), "no.txt: no such file"),
+    (dict(domains="a=no/such/data,b=no.txt"), "neither a file, a folder, a pattern nor a saved or hub data set"),
+])
+def test_bad_settings_are_refused_and_nothing_is_written(cfg, settings, match, tmp_path):
+    refused(match, ddk.train, cfg(**settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_domains_are_refused_by_name(cfg, corpus, tmp_path):
+    train = lambda: ddk.train(cfg())
+    (corpus / "tiny.jsonl").write_text('{"text": "the cat"}\n')
+    refused("domain tiny: .* fewer than one sequence of 16", train)
+    (corpus / "tiny.jsonl").write_text("")
+    refused("tiny.jsonl: the file is empty", train)
+    (corpus / "tiny.jsonl").write_bytes(b'{"text": "a"}\n\xff\xfe\n')
+    refused("tiny.jsonl:2: not valid UTF-8", train)
+    (corpus / "tiny.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    refused("tiny.jsonl:2: .* one JSON object a line", train)
+    (corpus / "tiny.jsonl").write_text('{"txt": "a"}\n')
+    refused('tiny.jsonl:1: no string of valid text under "text" or "content"', train)
+    (corpus / "tiny.jsonl").unlink()
+    (corpus / "image.png").write_bytes(b"PNG\0\1\2")
+    refused("image.png:1: a binary file", train)
+    (corpus / "image.png").unlink()
+    (corpus / "mid.jsonl").unlink(), (corpus / "small.jsonl").unlink()
+    refused("two domains or more, there is 1", train)
+    assert not (tmp_path / "run").exists()
+    assert not list(common.cache_dir().glob("packing-*"))  # nothing half-made stays behind
+
+
+def test_running_text_wants_a_decoder_only_model(cfg, pair):
+    refused("the student is an encoder-decoder", ddk.train, cfg(student=str(pair("t5")[1]), teacher=str(pair("t5")[0])))
+
+
+def test_gaps_below_one_are_legal_and_said_once(cfg, pair, capsys):
+    teacher, student = pair("llama")
+    ddk.train(cfg(teacher=str(student), student=str(teacher), lr=3e-2, steps=20))
+    assert capsys.readouterr().out.count("a gap below 1") == 1
+
+
+# ---- world 3 ------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def world():
+    return world3.corpus()
+
+
+def test_the_world_has_its_domains_in_their_sizes(world):
+    assert list(world) == list(world3.SIZES)
+    for name, texts in world.items():
+        assert 0 <= sum(map(len, texts)) - 1000 * world3.SIZES[name] < 60_000, name
+    for part in (world3.TEACHER, world3.STUDENT):
+        shares = domains.parse(part["shares"], "")
+        assert sorted(shares) == sorted(world3.SIZES) and sum(map(float, shares.values())) == pytest.approx(1)
+
+
+def test_code_has_no_docstrings_and_data_parse(world):
+    import ast
+    import csv
+    for text in world["code"][:200]:
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                assert ast.get_docstring(node) is None
+    assert all(len(json.loads(t)["rows"]) == json.loads(t)["count"] for t in world["json"][:50])
+    assert all(len(row) == 6 for t in world["csv"][:50] for row in csv.reader(t.splitlines()))
+    assert set("".join(world["noise"][:50])) == set("0123456789abcdef")
+
+
+def test_every_byte_is_a_token(world):
+    tokenizer = world3.make_tokenizer()
+    for text in ["naïve café \u6f22\n\t<eos>", *(t[0][:300] for t in world.values())]:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text and tokenizer.eos_token_id not in ids
