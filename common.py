@@ -323,7 +323,8 @@ def load_domains(cfg, student, teacher, tokenizer, world):
             raise BadInput(f"--max-tokens {cfg.max_tokens} does not fit the {what}'s context of {context} tokens")
     sources = domains.parse(cfg.domains, "--domains") if cfg.domains else \
         domains.folder(resolve(cfg.data, "data", cfg.data, world))
-    data = domains.load(sources, tokenizer, cfg, cache_dir())
+    with zero_first():
+        data = domains.load(sources, tokenizer, cfg, cache_dir())
     for split, limit in (("valid", cfg.gap_rows), ("test", cfg.eval_rows)):
         setattr(data, split, {n: [sequence(x) for x in getattr(data, split)[n][:limit]] for n in data.names})
     shown = [f"{n} {len(data.train[n])} {len(data.valid[n])} {len(data.test[n])}" for n in data.names]

@@ -240,7 +240,7 @@ def train(cfg):
         due = steered and step % cfg.interval == 0
         if due or step % cfg.eval_every == 0 or step == cfg.steps:
             before_gaps = run.elapsed()
-            student_ce = domain_ce(student, data.valid, cfg)
+            student_ce = common.from_zero(domain_ce(student, data.valid, cfg))
             if due:
                 rho = domain_gap(student_ce, teacher_ce)
                 first = step == 0 or cfg.mix == "no-smoothing"
@@ -260,8 +260,10 @@ def train(cfg):
             group["lr"] = lr
 
         # one optimizer step over accum micro-batches: sums are divided once, by the tokens of the whole step
-        drawn = [common.sequence(data.train[data.names[i]][j]) for i, j in mix.draw(step, cfg.batch_size, shares)]
-        n_tokens, size = sum(len(e.response) for e in drawn), cfg.batch_size // cfg.accum
+        rank, n = common.processes()  # under torchrun each takes every n-th sequence
+        drawn = mix.draw(step, cfg.batch_size, shares)[rank::n]
+        drawn = [common.sequence(data.train[data.names[i]][j]) for i, j in drawn]
+        n_tokens, size = common.total(sum(len(e.response) for e in drawn)), len(drawn) // cfg.accum
         totals = 0.0
         for i in range(0, len(drawn), size):
             batch = common.collate(drawn[i:i + size], student).to(device)
@@ -273,6 +275,7 @@ def train(cfg):
                                        batch.targets, teacher if teacher_fwd else None, teacher_hidden)  # loss, CE, KL
             (sums[0] / n_tokens).backward()
             totals = totals + sums.detach() / n_tokens
+        common.reduce_gradients(student, totals)
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -286,15 +286,11 @@ class Run:
             print(f"{k:<20}" + "".join(f"{rows[r][k]:16.4f}" if k in rows[r] else f"{'':16}" for r in rows))
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else peak_rss()
         result = {"method": self.script.stem, **{f"{r}.{k}": round(v, 6) for r in rows for k, v in rows[r].items()},
-<<<<<<< HEAD
-                  "steps": self.cfg.steps, "seconds": round(self.elapsed(), 1), "peak_gib": round(peak, 3)}
+                  "steps": self.cfg.steps, "seconds": round(self.elapsed(), 1), "peak_gib": round(peak, 3),
+                  **more}
         if processes()[0] > 0:
             dist.barrier()
             return result
-=======
-                  "steps": self.cfg.steps, "seconds": round(self.elapsed(), 1), "peak_gib": round(peak, 3),
-                  **more}
->>>>>>> 66db7db (ddk.py, world 3, packed domains)
         try:
             student.save_pretrained(self.dir / "student")
             tokenizer.save_pretrained(self.dir / "student")
