@@ -110,12 +110,14 @@ def documents(name, source):
         raise BadInput(f"domain {name}: {source}: no such file")
     import datasets  # only here: everything else runs without it
     repository, _, conf = source.partition(":")
+    folder = "/".join(repository.split("/")[2:])  # owner/name/folder of a data set that has a folder for each part
     try:
         if Path(source).is_dir():
             rows = datasets.load_from_disk(source)
             rows = rows["train"] if isinstance(rows, dict) else rows
         else:  # streamed: only what is packed is fetched
-            rows = datasets.load_dataset(repository, conf or None, split="train", streaming=True)
+            rows = datasets.load_dataset("/".join(repository.split("/")[:2]), conf or None, split="train",
+                                         data_dir=folder or None, streaming=True)
     except Exception as e:  # absent, offline, damaged, gated: many kinds
         raise BadInput(f"domain {name}: {source} is neither a file, a folder, a pattern nor a saved or hub data set "
                        f"({(str(e).strip().splitlines() or [type(e).__name__])[0][:160]})") from None

@@ -153,6 +153,87 @@ def lengths(records, names, title):
     return figure
 
 
+def by_domain(records, names, title, prefix="gap_"):
+    """A panel for each row, a line for each domain: gaps (or shares) on validation sequences over steps."""
+    figure, axes = panels(len(names), title, 4, between=0.9, right=0.9, sharey=True)
+    ends = {axis: [] for axis in axes}
+    for axis, (row, name) in zip(axes, names.items()):
+        for domain, color in zip(domains(records), COLORS):
+            runs = [[(x["step"], x[prefix + domain]) for x in r["curve"]] for r in records if r["row"] == row]
+            ends[axis].append((draw_runs(axis, runs, color), domain, color))
+        axis.axhline(1, color="0.6", linewidth=0.8, zorder=0)
+        axis.set(title=name, xlabel="optimizer steps")
+    for axis in axes:  # they share limits, which are final only now
+        log_scale(axis)
+        end_labels(axis, ends[axis])
+    return figure
+
+
+def domains(records):
+    return [k[4:] for k in next(r for r in records if r["row"] == "ddk")["curve"][0] if k.startswith("gap_")]
+
+
+def mixtures(records, title):
+    """Left: who gets how much of the data, stacked. Right: the same shares as lines between floor and cap."""
+    figure, (left, right) = panels(2, title, 4, between=0.7, right=0.8)
+    runs, names, ends = [r["curve"] for r in records if r["row"] == "ddk"], domains(records), []
+    steps = [x["step"] for x in runs[0]]
+    mean = np.mean([[[x["share_" + n] for n in names] for x in run] for run in runs], 0)  # (steps, domains)
+    step = lambda values: np.repeat(values, 2)[:-1]  # a share holds until the next look at the gaps
+    left.stackplot(np.repeat(steps, 2)[1:], *map(step, mean.T), colors=COLORS)
+    for y, n in zip(mean[-1].cumsum() - mean[-1] / 2, names):
+        left.text(steps[-1] * 0.97, y, n, color="white", ha="right", va="center", fontweight="bold")
+    for i, (n, color) in enumerate(zip(names, COLORS)):
+        right.plot(np.repeat(steps, 2)[1:], step(mean[:, i]), color=color, linewidth=2)
+        ends.append(((steps[-1], mean[-1, i]), n, color))
+    for y, text in ((0.5 / len(names), "floor (1 - alpha) / N"), (0.5 + 0.5 / len(names), "cap alpha + floor")):
+        right.axhline(y, color="0.3", linewidth=1, linestyle="--")
+        right.text(steps[-1] / 2, y + 0.008, text, ha="center", color="0.3")
+    left.set(title="shares, stacked", xlabel="optimizer steps", xlim=(0, steps[-1]), ylim=(0, 1))
+    right.set(title="the same, with the bounds of Eq. 2", xlabel="optimizer steps", ylim=(0, 0.66))
+    end_labels(right, ends)
+    return figure
+
+
+def worst(records, names, alphas, title):
+    """Left: the widest gap over steps. Right: what more weight on the gaps buys and costs, at the end, on test text."""
+    figure, (left, right) = panels(2, title, 3.6, between=1.9, right=0.4)
+    ends = []
+    for (row, name), color in zip(names.items(), COLORS):
+        runs = [[(x["step"], x["worst_gap"]) for x in r["curve"]] for r in records if r["row"] == row]
+        ends.append((draw_runs(left, runs, color), name, color))
+    log_scale(left)
+    end_labels(left, ends)
+    shared = set.intersection(*({r["seed"] for r in records if r["row"] == row} for row in alphas))
+    line = []
+    for row, alpha in alphas.items():
+        found = [(r["result"]["after.mean_ce"], r["result"]["after.worst_gap"]) for r in records
+                 if r["row"] == row and r["seed"] in shared]
+        right.plot(*zip(*found), "o", color=BLUE, markersize=3, alpha=0.4)
+        line.append(np.mean(found, 0))
+        right.annotate(f"alpha {alpha}", line[-1], (5, 5), textcoords="offset points", color=BLUE)
+    right.plot(*zip(*line), "-o", color=BLUE, linewidth=1.5)
+    left.set(title="widest gap of the domains (validation)", xlabel="optimizer steps")
+    right.set(title=f"widest gap (test), {len(shared)} seeds", xlabel="mean cross entropy, nats a token")
+    return figure
+
+
+def perplexities(records, names, title):
+    """Perplexity of each domain on test text: student before, each row after, teacher; means over seeds."""
+    figure, axis = panels(1, title, 3.6, right=1.5)
+    columns, first = domains(records), next(iter(names))
+    value = lambda row, who, n: np.mean([r["result"][f"{who}.ppl_{n}"] for r in records if r["row"] == row])
+    bars = [("student before", first, "before", "0.75"), ("teacher", first, "teacher", "0.3")]
+    bars[1:1] = [(name, row, "after", color) for (row, name), color in zip(names.items(), COLORS)]
+    for i, (name, row, who, color) in enumerate(bars):
+        axis.bar(np.arange(len(columns)) + 0.15 * (i - 2), [value(row, who, n) for n in columns], 0.15, color=color)
+        axis.text(1.01, 0.9 - 0.12 * i, name, color=color, transform=axis.transAxes, fontweight="bold")
+    axis.set(title="perplexity a token (a byte), logarithmic", xticks=range(len(columns)))
+    axis.set_xticklabels(columns)
+    log_scale(axis)
+    return figure
+
+
 def table(title):
     """Left: p, q0 and what both kinds of negatives converge to. Right: the boundary of stability."""
     t = tabular()
@@ -189,6 +270,10 @@ def main(source=HERE / "results.jsonl", folder=HERE):
     margin = {"training pairs": ("train", "margin", RED), "fresh pairs": ("curve", "fresh_margin", BLUE)}
     nll = {"of y_t": ("train", "nll_t", BLUE), "of y_s": ("train", "nll_s", RED)}
     length = {"sft": "SFT", "seqkd": "SeqKD", "reverse-kl": "reverse KL", "dpkd": "DPKD", "dpkd-alone": "no anchor"}
+    gaps = {"no-smoothing": "without smoothing: r = softmax(rho)", "ddk": "DDK"}
+    mixes = {"natural": "natural", "uniform": "uniform", "static": "static at DDK's mean", "ddk": "DDK"}
+    alphas = {"uniform": "0 (uniform)", "ddk": 0.5, "alpha-8": 0.8, "alpha-1": 1}
+    plain = {"natural": "KD, natural", "uniform": "KD, uniform", "ddk": "DDK"}
     figures = {
         "kd_forward.png": (kd, lambda title: curves(records, kd, title),
                            "Same student, same 500 steps, {} (thin): what the teacher gives decides"),
@@ -198,6 +283,13 @@ def main(source=HERE / "results.jsonl", folder=HERE):
                          "-log q of the training pairs, nats a response, {} (thin): frozen y_s make even y_t rare"),
         "dpkd_length.png": (length, lambda title: lengths(records, length, title),
                             "By length of the gold response, {} (thin)"),
+        "ddk_gap.png": (gaps, lambda title: by_domain(records, gaps, title),
+                        "Gap to the teacher, PPL(q) / PPL(p), by domain, {} (thin)"),
+        "ddk_shares.png": ({"ddk": ""}, lambda title: mixtures(records, title),
+                           "What DDK draws: mean of {}, interval 0 in natural proportion"),
+        "ddk_worst.png": ({**mixes, **alphas}, lambda title: worst(records, mixes, alphas, title),
+                          "Equal tokens, different mixtures, {} (thin)"),
+        "ddk_ppl.png": (plain, lambda title: perplexities(records, plain, title), "Perplexity by domain, mean of {}"),
         "dpkd_tabular.png": ({}, table, "No network, no noise: ten responses to one prompt, exact gradients"),
     }
     skipped, have = [], [r["row"] for r in records]

@@ -74,9 +74,26 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "token": ("dpkd.py --level token --beta 0.1 --preference 0.5", ["seqkd"], 3),
         "token-alone": ("dpkd.py --level token --beta 0.1 --preference 0.5 --anchor 0", ["token"], 3),
     },
+    "ddk": {  # seed N: teacher and student of world 3, number N, equal tokens
+        "ddk": ("ddk.py", ["natural", "uniform", "static", "no-smoothing"], 5),
+        "natural": ("ddk.py --mix natural", [], 5),
+        "uniform": ("ddk.py --mix uniform", ["natural"], 5),
+        "no-smoothing": ("ddk.py --mix no-smoothing", ["uniform"], 5),
+        "static": ("ddk.py --mix static --shares out/results/ddk-{seed}/result.json", ["uniform"], 5),
+        "alpha-8": ("ddk.py --alpha 0.8", ["ddk"], 3),
+        "alpha-1": ("ddk.py --alpha 1", ["ddk"], 3),
+        "ddk-ce": ("ddk.py --gamma 0", ["ddk", "uniform-ce"], 3),
+        "uniform-ce": ("ddk.py --mix uniform --gamma 0", ["uniform"], 3),
+        # from students whose gaps are small and alike already
+        "ddk-late": ("ddk.py --student out/results/uniform-{seed}/student", ["uniform-late"], 3),
+        "uniform-late": ("ddk.py --student out/results/uniform-{seed}/student --mix uniform", [], 3),
+    },
 }
 ROWS = {row: what for table in TABLES.values() for row, what in table.items()}
-SHOWN = ["kl_pq", "kl_qp", "valid", "valid_mass", "valid_greedy", "mode_distance", "entropy", "rouge_l", "ce"]
+README = {"ddk": ["worst_gap", "mean_gap", "mean_ce"]}  # columns of a table there, where they are not these:
+COLUMNS = ["kl_pq", "kl_qp", "valid", "valid_greedy", "mode_distance", "entropy"]
+SHOWN = ["kl_pq", "kl_qp", "valid", "valid_mass", "valid_greedy", "mode_distance", "entropy", "rouge_l", "ce",
+         "worst_gap", "mean_gap", "mean_ce", "gap_code", "gap_csv", "gap_json", "gap_log", "gap_noise", "gap_prose"]
 CURVE = ["kl_pq", "kl_qp", "valid", "mode_distance", "entropy", "fresh_margin", "fresh_nll_t", "fresh_nll_s"]  # validation
 TRAIN = ["margin", "nll_t", "nll_s", "norm_preference", "norm_anchor", "advantage", "length"]  # training batches, where the method logs them
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t, two-sided
@@ -100,20 +117,24 @@ def run(row, seed):
     subprocess.run([sys.executable, *command.split(), "--out", str(out), "--overwrite"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     pick = lambda x, v, keys: {"step": x["step"], "seconds": x["seconds"], **{k: round(v[k], 4) for k in keys if k in v}}
-    curve = [pick(x, x["valid"], CURVE) for x in log if "valid" in x]
+    domains = lambda v: [k for k in v if k.startswith(("gap_", "share_"))] + ["worst_gap", "mean_gap", "mean_ce"]
+    curve = [pick(x, x["valid"], CURVE + domains(x["valid"])) for x in log if "valid" in x]
     train = [pick(x, x, TRAIN) for x in log if any(k in x for k in TRAIN)]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {"row": row, "seed": seed, "command": f"python {command}", "commit": commit, "python": platform.python_version(),
-            "torch": torch.__version__, "transformers": transformers.__version__, "by_length": by_length(out), "curve": curve, **({"train": train} if train else {}), "result": json.loads((out / "result.json").read_text())}
+            "torch": torch.__version__, "transformers": transformers.__version__, **by_length(out), "curve": curve, **({"train": train} if train else {}), "result": json.loads((out / "result.json").read_text())}
 
 
 def by_length(out):
-    """`valid` and ROUGE-L (T = 1) of a run's student on test rows, apart for short, middle and long gold responses."""
+    """`valid` and ROUGE-L (T = 1) of a run's student on test rows, apart for short, middle and long gold responses;
+    nothing where the data are running text."""
     import torch
     sys.path.insert(0, str(ROOT))
     import common
     import kd_forward
     settings = json.loads((out / "settings.json").read_text())
+    if "max_response" not in settings:
+        return {}
     cfg = kd_forward.Config(data=settings["data"], teacher="none", student=str(out / "student"), device="cpu", compile=False)
     student, _, tokenizer = common.load_pair(cfg, torch.device("cpu"))
     test = sorted(common.load_data(cfg, student, None, tokenizer).test, key=lambda e: len(e.response))
@@ -122,7 +143,7 @@ def by_length(out):
         m = common.make_ruler(cfg, None, tokenizer, part)(student)
         found.append({"tokens": round(sum(len(e.response) for e in part) / len(part), 1),
                       "valid": round(m["valid"], 4), "rouge_l": round(m["rouge_l"], 4)})
-    return found
+    return {"by_length": found}
 
 
 def mean_sd(values):
@@ -134,7 +155,7 @@ def table(records, name, columns):
     """Two Markdown tables: means and standard deviations of the rows, and paired differences from their controls."""
     rows, lines = TABLES[name], []
     here = [r["result"] for (row, _), r in records.items() if row in rows]
-    columns = [k for k in columns if all(f"after.{k}" in r for r in here)]  # older records lack the younger metrics
+    columns = [k for k in columns if here and all(f"after.{k}" in r for r in here)]  # older records lack the younger metrics
     value = lambda row, seed, key: records[row, seed]["result"].get(key, float("nan"))
     seeds = {row: sorted(s for r, s in records if r == row) for row in ROWS}
     show = lambda row, which: ["{:.3f} ± {:.3f}".format(*mean_sd([value(row, s, f"{which}.{k}") for s in seeds[row]])) for k in columns]
@@ -165,7 +186,7 @@ def update_readme(records):
     path = ROOT / "README.md"
     text = path.read_text()
     for name in TABLES:
-        new = table(records, name, ["kl_pq", "kl_qp", "valid", "valid_greedy", "mode_distance", "entropy"])
+        new = table(records, name, README.get(name, COLUMNS))
         text = re.sub(rf"(<!-- table {name} -->\n).*?(\n<!-- end -->)", lambda m, new=new: m[1] + new + m[2], text, flags=re.S)
     path.write_text(text)
 

@@ -76,5 +76,7 @@ def test_draws_what_has_records_and_names_what_has_not(tmp_path, monkeypatch, ca
     assert sorted(f.name for f in tmp_path.glob("*.png")) == ["dpkd_margin.png", "dpkd_tabular.png"]
     assert (tmp_path / "dpkd_margin.png").stat().st_size > 10_000
     missing = ("kd_forward.png (sft, kd, seqkd, kd-teacher), dpkd_nll.png (frozen-b01-anchor), "
-               "dpkd_length.png (sft, seqkd, reverse-kl, dpkd, dpkd-alone)")
+               "dpkd_length.png (sft, seqkd, reverse-kl, dpkd, dpkd-alone), ddk_gap.png (no-smoothing, ddk), "
+               "ddk_shares.png (ddk), ddk_worst.png (natural, uniform, static, ddk, alpha-8, alpha-1), "
+               "ddk_ppl.png (natural, uniform, ddk)")
     assert capsys.readouterr().out.splitlines()[-1] == f"skipped for lack of records: {missing}"
