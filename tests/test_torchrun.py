@@ -1,6 +1,7 @@
 """torchrun: two processes end with the parameters of one, a signal stops both, and a run goes on with another number."""
 import importlib
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import WORDS
 from safetensors.torch import load_file
 from torchrun_worker import greedy
 
@@ -22,6 +24,7 @@ RUNS = {  # script: settings of its run; nothing that depends on the noise of a 
     "llmr": ("llmr", {"top_k": 1, "entropy": 0.01}),
     "dpkd": ("dpkd", {"negatives": "online"}),
     "dpkd-token": ("dpkd", {"level": "token"}),
+    "ddk": ("ddk", {"data": "domains", "max_tokens": 16, "interval": 5, "gap_rows": 6, "accum": 2}),
 }
 
 
@@ -41,15 +44,21 @@ def gap(a, b):
 
 def test_two_processes_train_what_one_does(settings, tmp_path_factory, monkeypatch):
     root = tmp_path_factory.mktemp("torchrun")
+    monkeypatch.chdir(root)
+    (root / "domains").mkdir()
+    for i, name in enumerate("abc"):  # of ddk
+        rows = [{"text": " ".join(random.Random(j).choices(WORDS[5 * i:5 * i + 9], k=20))} for j in range(150)]
+        (root / f"domains/{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     monkeypatch.setattr(common, "sample", greedy)
-    jobs = [[module, {**settings, **extra, "out": str(root / f"two-{name}")}, "no-reduction" in name]
-            for name, (module, extra) in RUNS.items()]
+    fields = {module: importlib.import_module(module).Config.__dataclass_fields__ for module, _ in RUNS.values()}
+    of = lambda module, extra, out: {**{k: v for k, v in settings.items() if k in fields[module]}, **extra, "out": str(root / out)}
+    jobs = [[module, of(module, extra, f"two-{name}"), "no-reduction" in name] for name, (module, extra) in RUNS.items()]
     (root / "jobs.json").write_text(json.dumps(jobs))
     two = subprocess.Popen([*TORCHRUN, str(ROOT / "tests/torchrun_worker.py"), str(root / "jobs.json")],
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for name, (module, extra) in RUNS.items():
-        module = importlib.import_module(module)
-        module.train(module.Config(**{**settings, **extra, "out": str(root / f"one-{name}")}))
+        script = importlib.import_module(module)
+        script.train(script.Config(**of(module, extra, f"one-{name}")))
     said = two.communicate()[0]
     assert two.returncode == 0, said[-3000:]
     assert said.count("run directory:") == len(RUNS), "one process speaks"
