@@ -72,7 +72,7 @@ class Config:
     alpha: float = 0.5               # share of data that follows the gaps; 1: all of it, and a domain may starve
     gamma: float = 0.2               # weight of the KL beside CE; 0: no distillation
     tau: float = 1.0                 # temperature of both KL softmaxes
-    gap_rows: int = 100              # validation sequences a domain behind each gap; 500 in the paper
+    gap_rows: int = 64               # validation sequences a domain behind each gap; 500 in the paper
     # optimization
     steps: int = 600                 # optimizer steps; 0 only evaluates
     batch_size: int = 24             # sequences of one optimizer step
