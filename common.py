@@ -37,6 +37,8 @@ from assets import domains
 from assets.metrics import bleu, distinct, rouge_l
 from assets.plumbing import BadInput, Run, RunFailed, check_settings, compute_dtype, main, parse_args  # noqa: F401
 from assets.processes import from_zero, noise_seed, processes, reduce_gradients, total, zero_first  # noqa: F401
+from assets.tasks import Pool, Writer, census, check_labels, load_task, pick_shots, row_reader, student_row  # noqa: F401
+from assets.tasks import metrics as task_metrics  # noqa: F401
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -166,7 +168,7 @@ def check_row(r, where, cfg):
     return {"prompt": r[cfg.prompt_field], "response": r[cfg.response_field], **known}
 
 
-def read_rows(path, cfg):
+def read_rows(path, cfg, check=check_row):
     """Checked rows of a JSONL or CSV file; errors name file and line."""
     try:
         raw = Path(path).read_bytes()
@@ -182,11 +184,11 @@ def read_rows(path, cfg):
             reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
             for r in reader:
                 at = reader.line_num
-                rows.append(check_row(r, f"{path}:{at}", cfg))
+                rows.append(check(r, f"{path}:{at}", cfg))
         else:
             for at, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold U+2028
                 if line.strip():
-                    rows.append(check_row(json.loads(line), f"{path}:{at}", cfg))
+                    rows.append(check(json.loads(line), f"{path}:{at}", cfg))
     except (ValueError, RecursionError, csv.Error) as e:
         raise BadInput(f"{path}:{at}: {first_line(e)}: one JSON object a line (or valid CSV) is wanted") from None
     if not rows:
@@ -194,14 +196,15 @@ def read_rows(path, cfg):
     return rows
 
 
-def load_rows(cfg):
+def load_rows(cfg, world="worlds", check=check_row, names=None):
     """{"train", "valid", "test": rows} from a directory of JSONL files, one JSONL or CSV file, a saved data set or the
-    hub. Data without splits is split by a hash of the prompt: no prompt in two splits, the same for every seed."""
-    path = Path(resolve(cfg.data, "data", cfg.data))
+    hub. Data without splits is split by a hash of the prompt: no prompt in two splits, the same for every seed.
+    `check` makes a row of a raw record; `names` are the splits to use of a saved or hub data set, {theirs: ours}."""
+    path = Path(resolve(cfg.data, "data", cfg.data, world))
     if path.is_file():
-        splits = {"train": read_rows(path, cfg)}
+        splits = {"train": read_rows(path, cfg, check)}
     elif (path / "train.jsonl").is_file():
-        splits = {s: read_rows(f, cfg) for s in ("train", "valid", "test") if (f := path / f"{s}.jsonl").is_file()}
+        splits = {s: read_rows(f, cfg, check) for s in ("train", "valid", "test") if (f := path / f"{s}.jsonl").is_file()}
     elif path.suffix in (".jsonl", ".json", ".csv", ".txt"):
         raise BadInput(f"--data {cfg.data}: no such file")
     else:
@@ -212,8 +215,9 @@ def load_rows(cfg):
         except Exception as e:  # absent, offline, damaged: many kinds
             raise BadInput(f"--data {cfg.data}: neither a file nor a saved or hub data set ({first_line(e)})") from None
         loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
-        splits = {s.replace("validation", "valid"): [check_row(dict(r), f"{cfg.data}, {s} row {i}", cfg)
-                                                     for i, r in enumerate(d)] for s, d in loaded.items()}
+        names = names or {s: s.replace("validation", "valid") for s in loaded}
+        splits = {names[s]: [check(dict(r), f"{cfg.data}, {s} row {i}", cfg) for i, r in enumerate(d)]
+                  for s, d in loaded.items() if s in names}
     if "train" not in splits:
         raise BadInput(f"--data {cfg.data}: no split is called train (there: {', '.join(splits)})")
     everything, cut = splits["train"], 1000 * cfg.holdout
@@ -262,9 +266,9 @@ def prompt_encoder(tokenizer, template, model, max_prompt):
     return encode
 
 
-def load_data(cfg, student, teacher, tokenizer, spare=0):
-    """SimpleNamespace(train, valid, test) of lists of Examples, tokenised once; says what was cut or dropped.
-    `spare` is how many positions after the longest response a method reads."""
+def row_encoder(cfg, student, teacher, tokenizer, spare=0):
+    """A function row -> Example; its attributes count what was cut or empty. `spare` is how many positions after the
+    longest response a method reads."""
     for model, what in ((student, "student"), (teacher, "teacher")):
         context = getattr(model.config, "max_position_embeddings", None) if model is not None else None
         need = (max if context and model.config.is_encoder_decoder else sum)((cfg.max_prompt, cfg.max_response + spare))
@@ -272,25 +276,30 @@ def load_data(cfg, student, teacher, tokenizer, spare=0):
             raise BadInput(f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response} do not fit the "
                            f"{what}'s context of {context} tokens{' less ' + str(spare) if spare else ''}: lower them")
     encode = encode_t = prompt_encoder(tokenizer, cfg.template, student, cfg.max_prompt)
-    if cfg.teacher_template:
+    if getattr(cfg, "teacher_template", ""):
         encode_t = prompt_encoder(tokenizer, cfg.teacher_template, teacher or student, cfg.max_prompt)
-    data, cut, empty = SimpleNamespace(), 0, 0
+
+    def example(row):
+        response = tokenizer(row["response"] or "", add_special_tokens=False, split_special_tokens=True).input_ids
+        if response:
+            response = (response + [tokenizer.eos_token_id])[:cfg.max_response]  # cut from the right: loses EOS
+            example.cut += response[-1] != tokenizer.eos_token_id
+        example.empty += row["response"] is not None and not response
+        prompt = encode(row["prompt"])
+        example.cut_prompts = encode.cut
+        return Example(prompt, prompt if encode_t is encode else encode_t(row["prompt"]), response, row)
+    example.cut = example.empty = example.cut_prompts = 0
+    return example
+
+
+def load_data(cfg, student, teacher, tokenizer, spare=0):
+    """SimpleNamespace(train, valid, test) of lists of Examples, tokenised once; says what was cut or dropped."""
+    encode, splits = row_encoder(cfg, student, teacher, tokenizer, spare), load_rows(cfg)
     limits = {"train": None, "valid": min(cfg.eval_rows, 200), "test": cfg.eval_rows}
-    splits = load_rows(cfg)
-    for split, limit in limits.items():
-        examples = []
-        for row in splits[split][:limit]:
-            response = tokenizer(row["response"] or "", add_special_tokens=False, split_special_tokens=True).input_ids
-            if response:
-                response = (response + [tokenizer.eos_token_id])[:cfg.max_response]  # cut from the right: loses EOS
-                cut += response[-1] != tokenizer.eos_token_id
-            empty += row["response"] is not None and not response
-            prompt = encode(row["prompt"])
-            examples.append(Example(prompt, prompt if encode_t is encode else encode_t(row["prompt"]), response, row))
-        setattr(data, split, examples)
+    data = SimpleNamespace(**{s: [encode(row) for row in splits[s][:limit]] for s, limit in limits.items()})
     print(f"data: {len(data.train)} training prompts, {sum(bool(e.response) for e in data.train)} with a response; "
           f"{len(data.valid)} validation, {len(data.test)} test rows; "
-          f"cut to fit: {encode.cut} prompts, {cut} responses; {empty} empty responses", flush=True)
+          f"cut to fit: {encode.cut_prompts} prompts, {encode.cut} responses; {encode.empty} empty responses", flush=True)
     return data
 
 
@@ -623,7 +632,7 @@ class CachedStates:
 # ---------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def sample(model, prompts, max_new, temperature=1.0, top_k=0, seed=0, eos=None, batch_size=256, compiled=False,
-           static=None):
+           static=None, top_p=1.0):
     """Prompts (lists of token ids) -> (responses as lists of token ids, their token log-probs as (n,) tensors).
 
     By default from the very distribution that is scored: T = 1, no truncation, no dropout; temperature 0 is greedy.
@@ -641,7 +650,7 @@ def sample(model, prompts, max_new, temperature=1.0, top_k=0, seed=0, eos=None, 
     for i in range(0, len(order), batch_size):
         ids = order[i:i + batch_size]
         tokens, logprobs = _sample_batch(model, [prompts[j] for j in ids], max_new, temperature, top_k, generator, eos,
-                                         compiled, static)
+                                         compiled, static, top_p)
         for j, t, lp in zip(ids, tokens.tolist(), logprobs):
             n = t.index(eos) + 1 if eos in t else max_new  # the first EOS counts, nothing after it
             out[j] = t[:n], lp[:n].clone()
@@ -660,7 +669,7 @@ def decode_step(model, cache, tokens, positions, attend, mask, memory):
     return head_logits(model, hidden[:, -1])
 
 
-def _sample_batch(model, prompts, max_new, temperature, top_k, generator, eos, compiled, static):
+def _sample_batch(model, prompts, max_new, temperature, top_k, generator, eos, compiled, static, top_p):
     device, B, P, encdec = model.device, len(prompts), max(map(len, prompts)), model.config.is_encoder_decoder
     prompt, n = pad(prompts, P, left=not encdec).to(device), torch.tensor([len(p) for p in prompts], device=device)
     at = torch.arange(P, device=device)
@@ -687,6 +696,10 @@ def _sample_batch(model, prompts, max_new, temperature, top_k, generator, eos, c
             logits = logits / temperature
         if top_k:
             logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
+        if top_p < 1:  # the fewest tokens that hold the share top_p: those with less than it before them
+            ordered, at_token = logits.sort(-1, descending=True)
+            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+            logits = logits.scatter(-1, at_token, ordered.masked_fill(before >= top_p, -math.inf))
         noise = 0.0
         if temperature > 0:  # Gumbel(0,1) = -log(Exponential(1)); clamped, for an exponential of 0 would be infinite
             noise = -torch.empty_like(logits).exponential_(generator=generator).clamp_(min=1e-30).log_()

@@ -157,9 +157,10 @@ class Run:
             elif not self.cfg.resume:
                 raise BadInput(f"{self.dir} holds an unfinished run: --resume goes on with it, --overwrite starts anew")
 
-    def start(self, **parts):
-        """Create the directory, or load the last checkpoint into `parts` (model, optimizer). Returns the next step."""
-        log, saved = self.dir / "log.jsonl", self.dir / "checkpoint.pt"
+    def start(self, first=0, **parts):
+        """Create the directory, or load the last checkpoint into `parts` (model, optimizer). Returns the next step.
+        `first` is that of a new run: negative where something else is done before step 0 of the training."""
+        log, saved, self.first = self.dir / "log.jsonl", self.dir / "checkpoint.pt", first
         rank, n = processes()
         if n > 1:
             torch.manual_seed(self.cfg.seed + rank)  # dropout differs, the weights were made before
@@ -231,7 +232,7 @@ class Run:
         """The ruler's numbers on validation rows: all of them to log.jsonl, the main ones to the screen."""
         self._record(step, {"valid": metrics})
         top = [k for k in ("kl_pq", "kl_qp", "ce", "rouge_l", "valid", "valid_greedy", "mode_distance", "worst_gap",
-                           "mean_gap", "mean_ce") if k in metrics]
+                           "mean_gap", "mean_ce", "accuracy", "accuracy_uniform", "accuracy_tail") if k in metrics]
         self.print(f"step {step:5d}/{self.cfg.steps}  validation: " + "  ".join(f"{k} {metrics[k]:.3f}" for k in top))
 
     def _record(self, step, values):
