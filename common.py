@@ -204,7 +204,8 @@ def load_rows(cfg, world="worlds", check=check_row, names=None):
     if path.is_file():
         splits = {"train": read_rows(path, cfg, check)}
     elif (path / "train.jsonl").is_file():
-        splits = {s: read_rows(f, cfg, check) for s in ("train", "valid", "test") if (f := path / f"{s}.jsonl").is_file()}
+        files = {s: path / f"{s}.jsonl" for s in ("train", "valid", "test")}
+        splits = {s: read_rows(f, cfg, check) for s, f in files.items() if f.is_file()}
     elif path.suffix in (".jsonl", ".json", ".csv", ".txt"):
         raise BadInput(f"--data {cfg.data}: no such file")
     else:
@@ -299,7 +300,8 @@ def load_data(cfg, student, teacher, tokenizer, spare=0):
     data = SimpleNamespace(**{s: [encode(row) for row in splits[s][:limit]] for s, limit in limits.items()})
     print(f"data: {len(data.train)} training prompts, {sum(bool(e.response) for e in data.train)} with a response; "
           f"{len(data.valid)} validation, {len(data.test)} test rows; "
-          f"cut to fit: {encode.cut_prompts} prompts, {encode.cut} responses; {encode.empty} empty responses", flush=True)
+          f"cut to fit: {encode.cut_prompts} prompts, {encode.cut} responses; {encode.empty} empty responses",
+          flush=True)
     return data
 
 

@@ -1,4 +1,4 @@
-"""GOLD of NAACL 2024 (not TRL's loss of that name): an LLM writes the training data; what the student finds strange steers it.
+"""GOLD (of NAACL 2024, not TRL's): an LLM writes the training data, steered by what the student finds strange.
 
 Gholami, Akbari, Hu, Masrani, Wang, Zhang, "GOLD: Generalized Knowledge Distillation via Out-of-Distribution-Guided
 Language Data Generation", Findings of NAACL 2024, https://arxiv.org/abs/2403.19754; code:
@@ -165,7 +165,7 @@ def train(cfg):
     llm = common.Writer(teacher, llm_tokenizer, run.dir / "written.jsonl", cfg.llm_prompt, task["max_new"], cfg.seed)
     decoding = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
     b, words = cfg.round_size, list(task["labels"])
-    print(f"task {task['name']}: {len(real)} real samples in every prompt; {len(valid)} validation, {len(test)} test rows")
+    print(f"task {task['name']}: {len(real)} real samples in every prompt, {len(valid)} valid, {len(test)} test rows")
 
     # what is called in the loop
     student_fwd, scorer_fwd = common.response_states(student, cfg.compile), common.response_states(scorer)
@@ -280,9 +280,10 @@ def train(cfg):
             run.log(step, loss=loss, ce=ce, grad_norm=grad_norm.item(), lr=lr, tokens=n_tokens)
         run.end_step(step + 1, **parts)
 
-    report = {"teacher": common.task_metrics(task, llm.answers(task, real, [e.row for e in test]), [e.row for e in test])}
-    return run.finish(student, tokenizer, {**report, "before": before,
-                                           "after": {**ruler(student, test), **common.census(task, pool.all)}})
+    asked = [e.row for e in test]  # the LLM itself, with the same real samples in its prompt
+    report = {"teacher": common.task_metrics(task, llm.answers(task, real, asked), asked)}
+    after = {**ruler(student, test), **common.census(task, pool.all)}
+    return run.finish(student, tokenizer, {**report, "before": before, "after": after})
 
 
 if __name__ == "__main__":

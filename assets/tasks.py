@@ -131,7 +131,7 @@ def render(task, mode, shots, given, control="plain"):
     meaning = task["labels"].get(given.get("label"), "").format(**names)
     asked = form["prompt"].format(about=task["about"], shots=shown, label_name=task["label_name"])
     first = next(m.start() for m in SLOT.finditer(form["sample"]) if m[1] not in given)
-    begun = form[control].format(meaning=f"{meaning} " if meaning else "") + form["sample"][:first].format(**given)
+    begun = form[control].format(meaning=f" {meaning}" if meaning else "") + form["sample"][:first].format(**given)
     return asked, begun.rstrip(" "), form["sample"][first:]
 
 
@@ -142,14 +142,14 @@ def parse(text, template, stop):
         text = text.split(word)[0]
     pieces, pattern = SLOT.split(template), ""
     for i, piece in enumerate(pieces):
-        pattern += r"\s*(.+?)\s*" if i % 2 else r"\s+".join(re.escape(w) for w in piece.split())
+        pattern += r"\s*(\S.*?)\s*" if i % 2 else r"\s+".join(re.escape(w) for w in piece.split())
     match = re.fullmatch(pattern, text, re.S)
     return match and dict(zip(pieces[1::2], match.groups()))
 
 
 class Writer:
-    """The LLM: prompts in, texts out, in one batched call. What it wrote is kept in `file`, a line a call, as soon as it
-    is there; a resumed run gets the same texts from the file instead of asking again."""
+    """The LLM: prompts in, texts out, in one batched call. What it wrote is kept in `file`, a line a call, as soon as
+    it is there; a resumed run gets the same texts from the file instead of asking again."""
 
     def __init__(self, model, tokenizer, file, max_prompt, max_new, seed):
         import common
@@ -177,8 +177,8 @@ class Writer:
         key = hashlib.sha1(what.encode()).hexdigest()[:20]
         if self.memory is None:
             lines = self.file.read_text(encoding="utf-8").split("\n") if self.file.exists() else [""]
-            self.memory = {r["key"]: r["texts"] for r in map(json.loads, lines[:-1])}  # the last: empty, or torn by a kill
-            if lines[-1]:
+            self.memory = {r["key"]: r["texts"] for r in map(json.loads, lines[:-1])}
+            if lines[-1]:  # a line without its end: a kill has torn it
                 self.file.write_text("".join(x + "\n" for x in lines[:-1]), encoding="utf-8")
         if key not in self.memory:
             seed = int(hashlib.sha1(json.dumps([self.seed, call]).encode()).hexdigest()[:15], 16)
@@ -212,8 +212,8 @@ class Writer:
             self.asked, self.kept = self.asked + len(missing), self.kept + len(missing) - len(again)
             missing, tries, idle = again, tries + 1, idle + 1 if len(again) == len(missing) else 0
             if idle == 20:
-                raise BadInput(f"not one text of the LLM could be used in 20 calls; it wrote {texts[:3]}: see the task's "
-                               f"prompt, lengths, check and max_new, and {self.file}")
+                raise BadInput(f"not one text of the LLM could be used in 20 calls; it wrote {texts[:3]}: see the "
+                               f"task's prompt, lengths, check and max_new, and {self.file}")
         return found
 
     def answers(self, task, shots, rows):
@@ -272,7 +272,7 @@ def well_formed(task, sample):
     """Would a sample be kept? By lengths in characters, and by the task's own check of the answer."""
     low, high = task["lengths"]
     texts = [sample[f] for f in task["fields"]]
-    return bool(all(low <= len(t) <= high for t in texts) and sample["label"].strip() and FILTERS[task["check"]](sample))
+    return bool(all(low <= len(t) <= high for t in texts) and sample["label"] and FILTERS[task["check"]](sample))
 
 
 def score(task, text, row):
@@ -309,7 +309,8 @@ def census(task, samples):
     """What was written, where the truth is known (a tiny world): {} for real tasks, and notes topics in the samples.
 
     modes: topics with at least 10 samples; tail_mass: share of the rare ones; garbage: share of what no topic can be
-    read from; label_errors: wrong labels among the rest; auroc_*: does energy tell garbage (rare topics) from common ones.
+    read from; label_errors: wrong labels among the rest; auroc_*: does energy tell garbage (rare topics) from common
+    ones; garbage_fed: share of garbage in what was fed back.
     """
     if not task["truth"]:
         return {}

@@ -37,7 +37,7 @@ def fill(rng, kind, template, nouns, words):
     """A template with its slots drawn -> (text, the numbers x and y)."""
     numbers = {k: str(rng.randint(*span)) for k, span in WORLD["numbers"].items()}
     draw = {"{n}": lambda: rng.choices(nouns, WORLD["noun_weights"])[0], "{a}": lambda: rng.choice(words),
-            "{v}": lambda: rng.choice(words), **{"{%s}" % k: lambda v=v: v for k, v in numbers.items()}}
+            "{v}": lambda: rng.choice(words), "{x}": lambda: numbers["x"], "{y}": lambda: numbers["y"]}
     return " ".join(draw[w]() if w in draw else w for w in template.split()), numbers
 
 
@@ -59,7 +59,7 @@ def judge(kind, text, label):
         slots = template.split()
         if len(slots) == len(words) and all(s == w for s, w in zip(slots, words) if s[0] != "{"):
             of = lambda *names: [w for s, w in zip(slots, words) if s in names]
-            numbers = {n: of("{%s}" % n)[0] for n in WORLD["numbers"] if "{%s}" % n in slots}
+            numbers = {n: of("{" + n + "}")[0] for n in WORLD["numbers"] if "{" + n + "}" in slots}
             topics = {OF_NOUN.get(w) for w in of("{n}")}
             groups = {next((g for g in (0, 1) if w in k["groups"][g]), None) for w in of("{a}", "{v}")}
             fits = all(v.isdigit() and a <= int(v) <= b for (a, b), v in
@@ -123,7 +123,8 @@ def make_tokenizer(kind):
     numbers = [str(i) for a, b in WORLD["numbers"].values() for i in range(a, b + 1)] if kind == "sums" else []
     shapes = " ".join([k["document"], k["question"], *k["labels"], *k["templates"], "plain different"]).split()
     words = [w for w in shapes if w[0] != "{"] + [*OF_NOUN, *WORLD["junk"], *sum(k["groups"], []), *numbers]
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(special + words))}, unk_token="<unk>"))
+    numbered = {w: i for i, w in enumerate(dict.fromkeys(special + words))}
+    backend = Tokenizer(models.WordLevel(numbered, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
                                    clean_up_tokenization_spaces=False)
@@ -135,7 +136,7 @@ def build(number, cache, part="teacher", kind="reviews"):
     key = hashlib.sha1(sources).hexdigest()[:12]
     target = Path(cache) / f"world2-{key}-{kind}-{number}"
     if not target.exists():
-        print(f"building the tiny world of {kind} {number}, once, in about {MODELS['minutes']} minute: {target}", flush=True)
+        print(f"building the tiny world of {kind} {number}, once, in about a minute: {target}", flush=True)
         root = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
         tokenizer, sizes, topics = make_tokenizer(kind), MODELS["rows"], range(len(NAMES))
         for split in ("train", "valid"):
@@ -143,22 +144,22 @@ def build(number, cache, part="teacher", kind="reviews"):
             write_rows(root / f"data/{split}.jsonl", rows(f"{split} {number}", kind, drawn, split))
         write_rows(root / "data/test.jsonl", rows(f"test {number}", kind, [*topics] * sizes["each_topic"], "test"))
         rng = random.Random(f"documents {number}")
-        pages = [document(rng, kind).split(" ", 1) for _ in range(MODELS["documents"])]
+        n = (MODELS["teacher"] | KINDS[kind]["teacher"])["documents"]
+        pages = [document(rng, kind).split(" ", 1) for _ in range(n)]
         pages = [{"prompt": start, "response": rest} for start, rest in pages]
         for split, part_of in (("train", pages[100:]), ("valid", pages[:50]), ("test", pages[50:100])):
             write_rows(root / f"pages/{split}.jsonl", part_of)
         for name in ("teacher", "student"):
-            m = MODELS[name]
+            m = MODELS[name] | KINDS[kind][name]
             write_config(root / name, m["hidden"], m["layers"], m["heads"], tokenizer)
-        train_llm(root, number)
+        train_llm(root, number, MODELS["teacher"] | KINDS[kind]["teacher"])
         shutil.rmtree(root / "pages")
         move(root, target)
     return target
 
 
-def train_llm(root, number):
+def train_llm(root, number, m):
     import kd_forward
-    m = MODELS["teacher"]
     with redirect_stdout(Progress(sys.stdout)):
         kd_forward.train(kd_forward.Config(
             teacher="none", student=str(root / "teacher"), data=str(root / "pages"), alpha=0.0, seed=number,

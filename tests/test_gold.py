@@ -1,0 +1,364 @@
+"""GOLD: its equations as loops, its selection on small batches, its prompts word by word, whole runs with a tiny LLM."""
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pair, outcome, small_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+import gold
+from assets import tasks, world2
+
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Equations
+# ---------------------------------------------------------------------------------------------------------------
+def test_energy_is_minus_logsumexp_and_shifts_with_the_logits():
+    f = torch.randn(5, 9, dtype=torch.double)
+    want = [-math.log(sum(math.exp(x) for x in row)) for row in f.tolist()]
+    assert gold.energy(f).tolist() == pytest.approx(want)
+    assert torch.allclose(gold.energy(f + 3.5), gold.energy(f) - 3.5)
+    ce = torch.nn.functional.cross_entropy
+    y = torch.zeros(5, dtype=torch.long)
+    assert torch.allclose(ce(f + 3.5, y), ce(f, y))  # the loss that trained f knows nothing of the shift
+
+
+def test_sce_is_its_equation_with_the_one_hot_clamped():
+    logits, y = torch.randn(6, 7, dtype=torch.double), torch.tensor([0, 3, 6, 2, 2, 5])
+    loss, ce = gold.sce_loss(logits, y, 0.3, 0.7)
+    for row, target, got, got_ce in zip(logits.tolist(), y.tolist(), loss.tolist(), ce.tolist()):
+        z = sum(math.exp(x) for x in row)
+        q = [math.exp(x) / z for x in row]
+        reverse = -sum(q[k] * math.log(max(1e-4, float(k == target))) for k in range(7))
+        assert reverse == pytest.approx(9.2103 * (1 - q[target]), rel=1e-4)
+        assert got == pytest.approx(0.3 * -math.log(q[target]) + 0.7 * reverse) and got_ce == pytest.approx(-math.log(q[target]))
+    assert torch.equal(gold.sce_loss(logits, y, 1.0, 0.0)[0], ce)
+
+
+def test_a_wrong_label_weighs_less_under_reverse_ce():
+    """Gradient of the logit of a label that the student finds unlikely: CE pushes with 1 - q, RCE with q (1 - q)."""
+    logits = torch.tensor([[4.0, -4.0]], requires_grad=True)
+    push = [torch.autograd.grad(gold.sce_loss(logits, torch.tensor([1]), a, b)[0].sum(), logits)[0][0, 1].item()
+            for a, b in ((1.0, 0.0), (0.0, 1.0))]
+    q = logits.softmax(-1)[0, 1].item()
+    assert push[0] == pytest.approx(-(1 - q)) and push[1] == pytest.approx(-9.2103 * q * (1 - q), rel=1e-4)
+    assert abs(push[1]) < 0.01 < abs(push[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Selection
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("n, most, ranks", [(8, 2, [4, 5]), (16, 2, [9, 10]), (16, 9, [8, 9, 10, 11]), (5, 2, [2, 3]), (3, 2, [1]),
+                                            (2, 2, []), (1, 2, []), (0, 2, [])])
+def test_the_band_is_relative_to_the_samples_that_are_there(n, most, ranks):
+    energies = [math.sin(7 * i + 1) for i in range(n)]
+    rank = sorted(range(n), key=lambda i: energies[i])
+    assert gold.select_feedback(energies, "band", most, random.Random(0)) == [rank[r] for r in ranks]
+
+
+def test_the_controls_select_what_their_names_say():
+    energies = [0.3, -1.0, 2.0, 0.5, 0.4]
+    pick = lambda how, seed=0: gold.select_feedback(energies, how, 2, random.Random(seed))
+    assert sorted(pick("top")) == [2, 3] and pick("none") == []
+    drawn = [tuple(sorted(pick("random", s))) for s in range(200)]
+    assert len(set(drawn)) == 10 and all(len(set(d)) == 2 for d in drawn)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Prompts and parsing: word by word for two tasks
+# ---------------------------------------------------------------------------------------------------------------
+RTE = [{"Sentence1": "A man sleeps.", "Sentence2": "Nobody is awake.", "label": "not_entailment"}]
+SVAMP = [{"Body": "Ann has 3 figs and eats 1.", "Question": "How many are left?", "label": "( 3.0 - 1.0 )"}]
+
+
+def test_prompt_of_a_classification_task():
+    asked, begun, rest = tasks.render(tasks.load_task("rte"), "write", RTE, {"label": "entailment"}, "ood")
+    assert asked == (
+        "Each sample of this task has a Sentence1 and a Sentence2. The label is entailment if Sentence2 must be true when "
+        "Sentence1 is, and not_entailment if it need not be.\n\nSample 1:\nLabel: not_entailment\nSentence1: A man sleeps.\n"
+        "Sentence2: Nobody is awake.\n\nWrite one more sample of this task, new and complete, in the same form, and nothing "
+        "after it.\n\n")
+    assert begun == ("Here is a new sample. Sentence2 follows from Sentence1. It is about another topic, from another domain, "
+                     "and very different from every sample above.\n\nLabel: entailment\nSentence1:")
+    assert tasks.parse(" It rains.\nSentence2: It is wet.\n\nSample 2:", rest, ["\n\n"]) == \
+        {"Sentence1": "It rains.", "Sentence2": "It is wet."}
+    asked, begun, rest = tasks.render(tasks.load_task("rte"), "solve", RTE, {"Sentence1": "{x}", "Sentence2": "B."})
+    assert asked.endswith("Sentence2: Nobody is awake.\nLabel: not_entailment\n\nGive the Label of the next sample, and nothing after it.\n\n")
+    assert begun == "Sentence1: {x}\nSentence2: B.\nLabel:" and rest == "{label}"
+
+
+def test_prompt_of_a_task_with_answers():
+    asked, begun, rest = tasks.render(tasks.load_task("svamp"), "write", SVAMP, {}, "plain")
+    assert asked.endswith("\n\nSample 1:\nBody: Ann has 3 figs and eats 1.\nQuestion: How many are left?\nEquation: ( 3.0 - 1.0 )\n\n"
+                          "Write one more sample of this task, new and complete, in the same form, and nothing after it.\n\n")
+    assert begun == "Here is a new sample.\n\nBody:" and rest == "{Body}\nQuestion: {Question}\nEquation: {label}"
+    got = tasks.parse("Bo had 5.\nQuestion: And now?\nEquation: 5 + 1", rest, ["\n\n"])
+    assert got == {"Body": "Bo had 5.", "Question": "And now?", "label": "5 + 1"}
+
+
+@pytest.mark.parametrize("text", ["", "only a body", "Bo. Equation: 5", "\n\nSample 2:", "Question: what? Equation: 1"])
+def test_text_that_does_not_fit_is_no_sample(text):
+    rest = tasks.render(tasks.load_task("svamp"), "write", SVAMP, {})[2]
+    assert tasks.parse(text, rest, ["\n\n"]) is None
+
+
+def test_every_entry_renders_parses_and_reads_its_columns():
+    table = json.loads(tasks.FILE.read_text())
+    assert len(set(table["tasks"]) - {"reviews", "sums"}) == 10
+    for name in table["tasks"]:
+        task = tasks.load_task(name)
+        sample = {f: f"some text for {f}" for f in task["fields"]} | {"label": next(iter(task["labels"]), "1 + 1")}
+        given = {"label": sample["label"]} if task["labels"] else {}
+        _, begun, rest = tasks.render(task, "write", [sample] * 3, given, "ood")
+        whole = task["write"]["sample"].format(**sample)
+        completion = whole[len(whole) - len(rest.format(**sample)):]
+        assert {**tasks.parse(completion, rest, task["stop"]), **given} == sample, name
+        raw = {}
+        for column, value in [*((c, sample[f]) for f, c in task["fields"].items()), (task["label"], 0 if task["labels"] else ["1 + 1", "2"])]:
+            inside = raw
+            for part in column.split(".")[:-1]:
+                inside = inside.setdefault(part, {})
+            inside[column.split(".")[-1]] = value
+        row = tasks.row_reader(task)(raw, "here", None)
+        assert row["sample"] == sample and row["prompt"] == task["student"].format(**sample) and row["response"] == sample["label"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Filters and scores
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("text, value", [("12 - 5", 7), ("( 8.0 - 3.0 ) * 2", 10), ("x = 7 / 2", 3.5), ("3 + 4 = 7", 7), ("-2+1", -1)])
+def test_equations_have_values(text, value):
+    assert tasks.value_of(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["", "five", "__import__('os').system('true')", "2 ** 9 ** 9", "1 / 0", "(1).real", "[1][0]", "True + 1",
+                                  "(" * 500, "lambda: 1", "9" * 400])
+def test_nothing_but_arithmetic_has_a_value(text):
+    assert tasks.value_of(text) is None
+
+
+def test_filters():
+    fine = lambda name, **s: tasks.well_formed(tasks.load_task(name), s)
+    assert fine("rte", Sentence1="x" * 11, Sentence2="y" * 399, label="entailment")
+    assert not fine("rte", Sentence1="x" * 10, Sentence2="y" * 20, label="entailment")
+    assert not fine("rte", Sentence1="x" * 11, Sentence2="y" * 400, label="entailment")
+    context = dict(Context="The cat sat on the mat.", Question="Where was the cat?")
+    assert fine("squad", **context, label="the mat") and not fine("squad", **context, label="the hat")
+    story = dict(Body="Ann has 3 figs and eats 1.", Question="How many are left?")
+    assert fine("svamp", **story, label="3 - 1") and not fine("svamp", **story, label="two")
+
+
+def test_scores():
+    score = lambda name, text, *right: tasks.score(tasks.load_task(name), text, {"references": list(right)})
+    assert score("rte", " entailment", "entailment") == 1 and score("rte", "not_entailment", "entailment") == 0
+    assert score("squad", "b", "a", "b") == 1 and score("svamp", "1 + 3", "( 3.0 + 1.0 )") == 1 and score("svamp", "?", "3 + 1") == 0
+    assert 0 < score("nl4opt", "maximise x", "maximise x + y") < 1
+    assert tasks.auroc([2, 3], [1, 2]) == pytest.approx(0.875) and tasks.auroc([], [1]) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Whole runs
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """world(kind) -> a world 2 whose LLM was trained for a second: it writes well-formed samples, if not good ones."""
+    made, root = {}, tmp_path_factory.mktemp("world2")
+
+    def make(kind):
+        if kind not in made:
+            models = {**world2.MODELS, "rows": {"train": 60, "valid": 10, "each_topic": 1},
+                      "teacher": {"hidden": 32, "layers": 1, "heads": 2, "documents": 600, "steps": 40, "batch_size": 8, "lr": 1e-2},
+                      "student": {"hidden": 16, "layers": 1, "heads": 2}}
+            with pytest.MonkeyPatch.context() as m:
+                m.setattr(world2, "MODELS", models)
+                m.setattr(world2, "KINDS", {k: {**v, "teacher": {"steps": 120} if k == "sums" else {}, "student": {}} for k, v in world2.KINDS.items()})
+                made[kind] = world2.build(0, root, kind=kind)
+        return made[kind]
+    return make
+
+
+@pytest.fixture
+def gold_config(world, tmp_path):
+    """gold_config(kind, **settings): the tiny LLM as a model directory, behind --teacher DIR, as a real one would be."""
+    def make(kind="reviews", **settings):
+        root = world(kind)
+        base = dict(task=kind, budget=48, round_size=4, retrain=2, passes=1, log_every=1, max_response=6, eval_rows=20)
+        return small_run(gold.Config, (root / "teacher", root / "student"), root / "data", tmp_path / "run", **{**base, **settings})
+    return make
+
+
+@pytest.mark.parametrize("kind, settings", [("reviews", dict()), ("sums", dict(select="top", accum=2, budget=16)),
+                                            ("reviews", dict(control="plain", select="none", label_noise=0.5, loss="ce")),
+                                            ("reviews", dict(control="real", select="none", pad_energy=8))])
+def test_whole_run_ends_with_a_student_that_loads_and_answers(gold_config, kind, settings):
+    cfg = gold_config(kind, **settings)
+    result = gold.train(cfg)
+    assert {f"{w}.accuracy{d}" for w in ("teacher", "before", "after") for d in ("", "_uniform", "_tail")} <= set(result)
+    log = [json.loads(x) for x in open(f"{cfg.out}/log.jsonl")]
+    assert [x["step"] for x in log if "round" in x] == list(range(-len([x for x in log if "round" in x]), 0))
+    assert [x for x in log if "round" in x][-1]["samples"] == cfg.budget and 0 <= result["after.garbage"] <= 1
+    student, tokenizer = AutoModelForCausalLM.from_pretrained(f"{cfg.out}/student"), AutoTokenizer.from_pretrained(f"{cfg.out}/student")
+    row = json.loads(Path(cfg.data, "test.jsonl").read_text().splitlines()[0])
+    ids = tokenizer(row["text"], return_tensors="pt").input_ids
+    assert len(tokenizer.decode(student.generate(ids, max_new_tokens=3, do_sample=False)[0]).split()) > len(row["text"].split())
+
+
+def test_a_task_file_and_a_t5_student_with_its_own_tokenizer(gold_config, tmp_path):
+    """The real path: LLM from a directory, a user's task, data in a file, a student of another kind and vocabulary."""
+    entry = json.loads(tasks.FILE.read_text())["tasks"]["reviews"]
+    (tmp_path / "mine.json").write_text(json.dumps({**entry, "truth": "", "labels": {"bad": "", "good": ""}, "shots": 2,
+                                                    "write": {**entry["write"], "sample": "{label} {text}"}}))
+    rows = [{"text": f"the film was {w} number {i}", "label": i % 2} for i, w in enumerate(["loud", "soft"] * 30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    _, student = make_pair("t5", tmp_path)
+    cfg = gold_config(task=str(tmp_path / "mine.json"), data=str(tmp_path / "rows.jsonl"), student=str(student), budget=16, steps=2, holdout=0.2)
+    result = gold.train(cfg)
+    assert "after.accuracy" in result and "after.modes" not in result and "after.accuracy_tail" not in result
+    assert common.load_model(f"{cfg.out}/student", CPU).config.is_encoder_decoder
+
+
+def test_a_chat_model_gets_the_task_in_the_users_turn_and_goes_on_from_a_forced_beginning(tmp_path):
+    _, student = make_pair("llama", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    tokenizer.chat_template = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}<a>"
+    writer = tasks.Writer(common.load_model(student, CPU), tokenizer, tmp_path / "w.jsonl", 500, 4, 0)
+    ids = writer.tokens("the cat sat", "on the mat")
+    assert tokenizer.decode(ids) == "<u>the cat sat</u><a>on the mat"
+    with pytest.raises(common.BadInput, match="--llm-prompt 20"):
+        tasks.Writer(common.load_model(student, CPU), tokenizer, tmp_path / "w.jsonl", 20, 4, 0).tokens("the cat " * 9, "on")
+
+
+def test_batched_generation_equals_one_at_a_time_at_temperature_0(world, tmp_path, monkeypatch):
+    root = world("reviews")
+    model, tokenizer = common.load_model(root / "teacher", CPU), AutoTokenizer.from_pretrained(root / "teacher")
+    task, rng = tasks.load_task("reviews"), random.Random(0)
+    shots = [dict(zip(("text", "label"), world2.draw_sample(rng, "reviews", t))) for t in (0, 1, 2, 3)]
+    prompts = [tasks.render(task, "write", shots[:n], {"label": y})[:2] for n in (1, 2, 4) for y in task["labels"]]
+    writer = lambda name: tasks.Writer(model, tokenizer, tmp_path / name, 500, 12, 0)
+    together = writer("a")(prompts, "x")
+    assert together == [writer(f"b{i}")([p], "x")[0] for i, p in enumerate(prompts)]
+    monkeypatch.setattr(common, "sample", None)  # what the file holds is not asked for again
+    assert writer("a")(prompts, "x") == together
+
+
+@pytest.mark.parametrize("top_p, kept", [(1.0, {0, 1, 2, 3}), (0.9, {0, 1, 2}), (0.79, {0, 1}), (0.81, {0, 1, 2}), (0.1, {0})])
+def test_top_p_keeps_the_fewest_tokens_that_hold_the_share(pair, monkeypatch, top_p, kept):
+    share = torch.tensor([.3, .15, .5, .05])[[2, 0, 1, 3]]
+    monkeypatch.setattr(common, "decode_step", lambda *a: share.log().repeat(len(a[2]), 1))
+    out, logp = common.sample(common.load_model(pair("llama")[1], CPU), [[5]] * 300, 1, top_p=top_p, eos=99)
+    assert {t[0] for t in out} == kept
+    total = sum(share[k].item() for k in kept)
+    assert all(x.exp().item() == pytest.approx(share[t[0]].item() / total, rel=1e-4) for t, x in zip(out, logp))
+
+
+@pytest.mark.parametrize("pad", [0, 5])
+def test_energies_skip_padding_and_the_flag_averages_over_it(gold_config, monkeypatch, pad):
+    """A batch of answers of different lengths gives what each gives alone; with --pad-energy what the code computes."""
+    found, select = {}, gold.select_feedback
+    monkeypatch.setattr(gold, "select_feedback", lambda e, *a: found.setdefault("e", e) and select(e, *a))
+    made = [{"text": "we sold 8 actor after owning 17", "label": y} for y in ("17 - 8", "17", "17 - 8 + 1 - 1", "1 + 1")]
+    monkeypatch.setattr(tasks.Writer, "samples", lambda *a, **k: made)
+    cfg = gold_config("sums", pad_energy=pad, budget=8, steps=0, seed=4, max_response=12)
+    gold.train(cfg)
+    student, tokenizer = common.load_model(cfg.student, CPU, seed=4), AutoTokenizer.from_pretrained(cfg.student)
+    for e, s in zip(found["e"], made):
+        x, y = tokenizer(s["text"]).input_ids, tokenizer(s["label"]).input_ids + [tokenizer.eos_token_id]
+        y += [tokenizer.pad_token_id] * (pad - len(y))
+        logits = student(torch.tensor([x + y])).logits[0, len(x) - 1:-1]
+        assert e == pytest.approx(-logits.logsumexp(-1).mean().item(), abs=1e-4)
+
+
+def test_feedback_is_shown_on_even_rounds_only_and_the_ood_prompt_sees_two_training_samples(gold_config, monkeypatch):
+    calls, real = [], tasks.Writer.samples
+
+    def samples(self, task, shots, given, control, call, **k):
+        calls.append((call, control, shots, real(self, task, shots, given, control, call, **k)))
+        return calls[-1][-1]
+    monkeypatch.setattr(tasks.Writer, "samples", samples)
+    gold.train(gold_config(steps=0))
+    assert [(c[0], c[1]) for c in calls] == [(t, c) for t in range(6) for c in ("plain", "ood")]
+    human = calls[0][2]
+    assert len(human) == 3
+    for (t, _, plain, fresh), (_, _, ood, _) in zip(calls[::2], calls[1::2]):
+        assert plain[:3] == human and ood == plain + fresh[:2]
+        earlier = calls[2 * t - 1][3] if t else []
+        assert len(plain) == (3 if t % 2 or not t else 4) and all(s in earlier for s in plain[3:])  # 4 samples: band [2,3)
+
+
+def test_resume_ends_bitwise_like_an_uninterrupted_run(gold_config, resumes_bitwise):
+    a, b = resumes_bitwise(gold.train, gold_config(steps=6))
+    assert a["pool"] == b["pool"]
+
+
+@pytest.mark.parametrize("save_every, saved", [(3, True), (1000, False)])
+def test_a_run_killed_while_samples_are_written_asks_for_no_text_twice(gold_config, monkeypatch, capsys, save_every, saved):
+    """From a checkpoint between two rounds, and without any: then the rounds are replayed from the file."""
+    whole, cut = (gold_config(save_every=save_every, out=gold_config().out + n) for n in ("whole", "cut"))
+    gold.train(whole)
+    end_step, started = common.Run.end_step, len(Path(whole.out, "written.jsonl").read_text().splitlines())
+
+    def killed(self, step, **parts):
+        end_step(self, step, **parts)
+        if step == -2:
+            raise SystemExit(9)
+    monkeypatch.setattr(common.Run, "end_step", killed)
+    with pytest.raises(SystemExit):
+        gold.train(cut)
+    before = Path(cut.out, "written.jsonl").read_text()
+    Path(cut.out, "written.jsonl").write_text(before + '{"call": [5, "pl')  # torn by the kill
+    monkeypatch.setattr(common.Run, "end_step", end_step)
+    cut.resume = True
+    gold.train(cut)
+    assert ("at step -3" in capsys.readouterr().out) == saved
+    assert outcome(whole.out) == outcome(cut.out)
+    after = Path(cut.out, "written.jsonl").read_text()
+    assert after == Path(whole.out, "written.jsonl").read_text() and after.startswith(before) and len(after.splitlines()) == started
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("settings, match", [
+    (dict(teacher="none"), "name a --teacher"), (dict(task="rta"), "no such entry; there are reviews, sums, rte"),
+    (dict(control="plain"), "add --select none"), (dict(select="bottom"), "choose one of band, top, random, none"),
+    (dict(top_p=0.0), "--top-p 0.0"), (dict(budget=0), "--budget 0"), (dict(llm_prompt=10), "--llm-prompt 10")])
+def test_bad_settings_are_told_in_a_sentence(gold_config, settings, match):
+    with pytest.raises(common.BadInput, match=match):
+        gold.train(gold_config(**settings))
+
+
+@pytest.mark.parametrize("change, match", [
+    (dict(label=None), "'label' is missing"), (dict(fields={}), "'fields' is missing"), (dict(colour=1), "unknown 'colour'"),
+    (dict(student="{body}"), "names body, which is no field"), (dict(check="true"), "check is one of"),
+    (dict(write={"sample": "{label}"}), "must hold each field"), (dict(shots=99), "99 real samples are wanted"),
+    (dict(labels={"bad word": "", "worse": ""}), "writes the label 'bad word' as"), (dict(fields={"text": "body"}), "1: no field 'body'"),
+    (dict(labels={"negative": ""}), "unknown label 'positive'")])
+def test_bad_tasks_are_told_in_a_sentence(gold_config, tmp_path, change, match):
+    entry = {**json.loads(tasks.FILE.read_text())["tasks"]["reviews"], **change}
+    (tmp_path / "t.json").write_text(json.dumps({k: v for k, v in entry.items() if v is not None}))
+    with pytest.raises(common.BadInput, match=match):
+        gold.train(gold_config(task=str(tmp_path / "t.json")))
+
+
+def test_an_llm_that_writes_nothing_usable_stops_the_run_with_three_of_its_texts(gold_config, monkeypatch):
+    calls = []
+    real = tasks.Writer.__call__
+    monkeypatch.setattr(tasks.Writer, "__call__", lambda self, prompts, call, **k: calls.append(call) or ["plain"] * len(prompts) if k else real(self, prompts, call))
+    with pytest.raises(common.BadInput, match=r"not one text of the LLM could be used in 20 calls; it wrote \['plain', 'plain', 'plain'\]"):
+        gold.train(gold_config())
+    assert len(calls) == 20
+
+
+def test_unusable_texts_are_asked_for_again_and_counted(gold_config, monkeypatch):
+    real = tasks.parse
+    monkeypatch.setattr(tasks, "parse", lambda text, *a: None if len(text) % 2 else real(text, *a))
+    cfg = gold_config(steps=0)
+    gold.train(cfg)
+    last = [json.loads(x) for x in open(f"{cfg.out}/log.jsonl") if "asked" in x][-1]
+    assert last["samples"] == 48 and last["asked"] > 1.2
