@@ -297,12 +297,14 @@ def metrics(task, texts, rows):
     return m
 
 
-def auroc(high, low):
-    """The chance that a value of `high` exceeds one of `low`; None where one is empty."""
-    if not len(high) or not len(low):
-        return None
-    high, low = np.array(high)[:, None], np.array(low)[None]
-    return float((high > low).mean() + 0.5 * (high == low).mean())
+def auroc(pairs):
+    """The chance that a value of `high` exceeds one of `low`, over all [(high, low)]; None without any two values.
+    Energies have no zero and drift while the scorer learns: they are compared inside their own round only."""
+    wins = total = 0.0
+    for high, low in pairs:
+        high, low = np.array(high)[:, None], np.array(low)[None]
+        wins, total = wins + (high > low).sum() + 0.5 * (high == low).sum(), total + high.size * low.size
+    return float(wins / total) if total else None
 
 
 def census(task, samples):
@@ -310,7 +312,7 @@ def census(task, samples):
 
     modes: topics with at least 10 samples; tail_mass: share of the rare ones; garbage: share of what no topic can be
     read from; label_errors: wrong labels among the rest; auroc_*: does energy tell garbage (rare topics) from common
-    ones; garbage_fed: share of garbage in what was fed back.
+    ones of its round; garbage_ood, garbage_fed: share of garbage in what was to differ, and in what was fed back.
     """
     if not task["truth"]:
         return {}
@@ -321,13 +323,15 @@ def census(task, samples):
             s["topic"], s["right"] = -1 if topic is None else topic, right
     topics = [s["topic"] for s in samples]
     good = [t for t in topics if t >= 0]
-    energy = lambda kind: [s["energy"] for s in samples if "energy" in s and kind(s["topic"])]
-    common_ones = energy(lambda t: t >= 0 and t not in world2.TAIL)
+    strange = [s for s in samples if "energy" in s]
+    energy = lambda r, kind: [s["energy"] for s in strange if s["round"] == r and kind(s["topic"])]
+    above = lambda kind: auroc([(energy(r, kind), energy(r, lambda t: t >= 0 and t not in world2.TAIL))
+                                for r in {s["round"] for s in strange}])
     found = {"modes": float(sum(topics.count(t) >= 10 for t in set(good))),
              "tail_mass": sum(t in world2.TAIL for t in good) / max(1, len(topics)),
              "garbage": topics.count(-1) / max(1, len(topics)),
              "label_errors": sum(not s["right"] for s in samples if s["topic"] >= 0) / max(1, len(good)),
-             "auroc_garbage": auroc(energy(lambda t: t < 0), common_ones),
-             "auroc_tail": auroc(energy(lambda t: t in world2.TAIL), common_ones),
-             "garbage_fed": np.mean([s["topic"] < 0 for s in samples if s.get("fed")] or [np.nan])}
+             "auroc_garbage": above(lambda t: t < 0), "auroc_tail": above(lambda t: t in world2.TAIL),
+             "garbage_ood": np.mean([s["topic"] < 0 for s in strange] or [np.nan]),
+             "garbage_fed": np.mean([s["topic"] < 0 for s in strange if s["fed"]] or [np.nan])}
     return {k: float(v) for k, v in found.items() if v is not None and v == v}

@@ -132,8 +132,8 @@ def make_tokenizer(kind):
 
 def build(number, cache, part="teacher", kind="reviews"):
     """The directory of world 2, number `number`, made on first use: data, teacher (the LLM), student (no weights)."""
-    sources = FILE.read_bytes() + Path(__file__).read_bytes()
-    key = hashlib.sha1(sources).hexdigest()[:12]
+    settings = json.dumps({**WORLD, "kinds": KINDS[kind]}).encode()  # one kind does not depend on the other
+    key = hashlib.sha1(settings + Path(__file__).read_bytes()).hexdigest()[:12]
     target = Path(cache) / f"world2-{key}-{kind}-{number}"
     if not target.exists():
         print(f"building the tiny world of {kind} {number}, once, in about a minute: {target}", flush=True)

@@ -159,7 +159,11 @@ def test_scores():
     assert score("rte", " entailment", "entailment") == 1 and score("rte", "not_entailment", "entailment") == 0
     assert score("squad", "b", "a", "b") == 1 and score("svamp", "1 + 3", "( 3.0 + 1.0 )") == 1 and score("svamp", "?", "3 + 1") == 0
     assert 0 < score("nl4opt", "maximise x", "maximise x + y") < 1
-    assert tasks.auroc([2, 3], [1, 2]) == pytest.approx(0.875) and tasks.auroc([], [1]) is None
+
+
+def test_auroc_compares_inside_a_round_only():
+    assert tasks.auroc([([2, 3], [1, 2])]) == pytest.approx(0.875) and tasks.auroc([([], [1])]) is None
+    assert tasks.auroc([([1], [0]), ([-9], [-10])]) == 1.0  # energies drift while the scorer learns
 
 
 # ---------------------------------------------------------------------------------------------------------------
