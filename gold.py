@@ -238,6 +238,7 @@ def train(cfg):
         run.end_step(step + 1, **parts)
 
     # then the student, fresh, on the budget
+    pool.write(run.dir / "samples.jsonl")
     samples = [s["sample"] for s in pool.all[:cfg.budget]]
     noise = random.Random(f"noise {cfg.seed}")
     examples = [encode(common.student_row(task, s if noise.random() >= cfg.label_noise or not words else

@@ -237,6 +237,12 @@ class Pool:
     def load_state_dict(self, state):
         self.all = state["all"]
 
+    def write(self, file):
+        """A line a sample: the data set that was made, for people and other scripts."""
+        if processes()[0] == 0:
+            flat = [{**s["sample"], **{k: v for k, v in s.items() if k != "sample"}} for s in self.all]
+            Path(file).write_text("".join(json.dumps(s) + "\n" for s in flat), encoding="utf-8")
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Format filters and scores

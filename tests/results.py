@@ -89,8 +89,29 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "uniform-late": ("ddk.py --student out/results/uniform-{seed}/student --mix uniform", [], 3),
     },
 }
+PLAIN = "--control plain --select none"
+TABLES["gold"] = {  # reviews of world 2, each seed with its own LLM
+    "gold": ("gold.py", ["gold-plain", "gold-ood", "gold-random", "gold-top", "gold-t1"], 5),
+    "gold-random": ("gold.py --select random", ["gold-ood"], 5),
+    "gold-top": ("gold.py --select top", ["gold-random"], 5),
+    "gold-ood": ("gold.py --select none", ["gold-plain"], 5),
+    "gold-plain": (f"gold.py {PLAIN}", [], 5),
+    "gold-t1": (f"gold.py {PLAIN} --temperature 1 --top-k 0 --top-p 1", ["gold-plain"], 5),
+    "gold-real": ("gold.py --control real --select none", ["gold"], 5),
+    "gold-ce": ("gold.py --loss ce", ["gold"], 5),
+    "gold-noise": ("gold.py --label-noise 0.2", ["gold-noise-ce"], 3),
+    "gold-noise-ce": ("gold.py --label-noise 0.2 --loss ce", [], 3),
+}
+TABLES["gold-sums"] = {  # stories with equations
+    "sums": ("gold.py --task sums", ["sums-plain", "sums-ood", "sums-random", "sums-top"], 3),
+    "sums-random": ("gold.py --task sums --select random", [], 3),
+    "sums-top": ("gold.py --task sums --select top", [], 3),
+    "sums-ood": ("gold.py --task sums --select none", ["sums-plain"], 3),
+    "sums-plain": (f"gold.py --task sums {PLAIN}", [], 3),
+}
+GOLD = ["accuracy", "accuracy_uniform", "accuracy_tail", "modes", "tail_mass", "garbage", "garbage_fed", "auroc_garbage"]
 ROWS = {row: what for table in TABLES.values() for row, what in table.items()}
-README = {"ddk": ["worst_gap", "mean_gap", "mean_ce"]}  # columns of a table there, where they are not these:
+README = {"ddk": ["worst_gap", "mean_gap", "mean_ce"], "gold": GOLD, "gold-sums": GOLD}  # columns of a table there, where they are not these:
 COLUMNS = ["kl_pq", "kl_qp", "valid", "valid_greedy", "mode_distance", "entropy"]
 SHOWN = ["kl_pq", "kl_qp", "valid", "valid_mass", "valid_greedy", "mode_distance", "entropy", "rouge_l", "ce",
          "worst_gap", "mean_gap", "mean_ce", "gap_code", "gap_csv", "gap_json", "gap_log", "gap_noise", "gap_prose"]
@@ -125,6 +146,38 @@ def run(row, seed):
             "torch": torch.__version__, "transformers": transformers.__version__, **by_length(out), "curve": curve, **({"train": train} if train else {}), "result": json.loads((out / "result.json").read_text())}
 
 
+def written(out):
+    """What GOLD's LLM wrote, by topic, and the student's accuracy by topic. Ranks of energy inside a round, since energies
+    drift: of V_t, how many samples of common topics, of rare ones, and of garbage are the 1st, 2nd .. b-th."""
+    import torch
+
+    import common
+    import gold
+    from assets import tasks, world2
+    settings = json.loads((out / "settings.json").read_text())
+    known = {k: v for k, v in settings.items() if k in gold.Config.__dataclass_fields__}
+    task = tasks.load_task(settings["task"])
+    cfg = gold.Config(**{**known, "teacher": "none", "student": str(out / "student"), "device": "cpu", "dtype": "float32"})
+    student, _, tokenizer = common.load_pair(cfg, torch.device("cpu"), same_tokens=False, world=task["world"])
+    encode = common.row_encoder(cfg, student, None, tokenizer)
+    test = [encode(r) for r in common.load_rows(cfg, task["world"], tasks.row_reader(task))["test"]]
+    texts = [tokenizer.decode(e.response, skip_special_tokens=True) for e in common.sampled(student, test, tokenizer, cfg, 0.0)]
+    right = [tasks.score(task, t, e.row) for t, e in zip(texts, test)]
+    samples = [json.loads(x) for x in (out / "samples.jsonl").read_text().splitlines()]
+    ranks = [[0] * settings["round_size"] for _ in range(3)]  # common, rare, garbage
+    for r in {s["round"] for s in samples if "energy" in s}:
+        for i, s in enumerate(sorted((s for s in samples if s["round"] == r and "energy" in s), key=lambda s: s["energy"])):
+            ranks[2 if s["topic"] < 0 else int(s["topic"] in world2.TAIL)][i] += 1
+    seen, coverage = [], []  # topics with at least one sample, after every 16 samples
+    for i, s in enumerate(samples, 1):
+        seen.append(s["topic"])
+        if i % 160 == 0 or i == len(samples):
+            coverage.append([i, sum(seen.count(t) >= 10 for t in range(20))])
+    return {"topics": [seen.count(t) for t in range(20)], "garbage": seen.count(-1), "ranks": ranks, "coverage": coverage,
+            "by_topic": [round(float(sum(s for s, e in zip(right, test) if e.row["topic"] == n) /
+                               sum(e.row["topic"] == n for e in test)), 4) for n in world2.NAMES]}
+
+
 def by_length(out):
     """`valid` and ROUGE-L (T = 1) of a run's student on test rows, apart for short, middle and long gold responses;
     nothing where the data are running text."""
@@ -135,6 +188,8 @@ def by_length(out):
     settings = json.loads((out / "settings.json").read_text())
     if "max_response" not in settings:
         return {}
+    if settings["script"] == "gold":
+        return {"written": written(out)}
     cfg = kd_forward.Config(data=settings["data"], teacher="none", student=str(out / "student"), device="cpu", compile=False)
     student, _, tokenizer = common.load_pair(cfg, torch.device("cpu"))
     test = sorted(common.load_data(cfg, student, None, tokenizer).test, key=lambda e: len(e.response))
@@ -158,7 +213,8 @@ def table(records, name, columns):
     columns = [k for k in columns if here and all(f"after.{k}" in r for r in here)]  # older records lack the younger metrics
     value = lambda row, seed, key: records[row, seed]["result"].get(key, float("nan"))
     seeds = {row: sorted(s for r, s in records if r == row) for row in ROWS}
-    show = lambda row, which: ["{:.3f} ± {:.3f}".format(*mean_sd([value(row, s, f"{which}.{k}") for s in seeds[row]])) for k in columns]
+    shown = lambda values: "{:.3f} ± {:.3f}".format(*mean_sd(values)) if all(v == v for v in values) else ""
+    show = lambda row, which: [shown([value(row, s, f"{which}.{k}") for s in seeds[row]]) for k in columns]
     lines += ["| row | command | seeds | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 3)]
     for which, title in (("teacher", "teacher"), ("before", "student, start")):
         if seeds[first := next(iter(rows))]:
