@@ -111,10 +111,10 @@ TABLES["gold-sums"] = {  # stories with equations
 }
 GOLD = ["accuracy", "accuracy_uniform", "accuracy_tail", "modes", "tail_mass", "garbage", "garbage_fed", "auroc_garbage"]
 ROWS = {row: what for table in TABLES.values() for row, what in table.items()}
-README = {"ddk": ["worst_gap", "mean_gap", "mean_ce"], "gold": GOLD, "gold-sums": GOLD}  # columns of a table there, where they are not these:
+README = {"ddk": ["worst_gap", "mean_gap", "mean_ce"], "gold": GOLD, "gold-sums": GOLD}  # columns there, if not these:
 COLUMNS = ["kl_pq", "kl_qp", "valid", "valid_greedy", "mode_distance", "entropy"]
 SHOWN = ["kl_pq", "kl_qp", "valid", "valid_mass", "valid_greedy", "mode_distance", "entropy", "rouge_l", "ce",
-         "worst_gap", "mean_gap", "mean_ce", "gap_code", "gap_csv", "gap_json", "gap_log", "gap_noise", "gap_prose"]
+         "worst_gap", "mean_gap", "mean_ce", "gap_code", "gap_csv", "gap_json", "gap_log", "gap_noise", "gap_prose", *GOLD]
 CURVE = ["kl_pq", "kl_qp", "valid", "mode_distance", "entropy", "fresh_margin", "fresh_nll_t", "fresh_nll_s"]  # validation
 TRAIN = ["margin", "nll_t", "nll_s", "norm_preference", "norm_anchor", "advantage", "length"]  # training batches, where the method logs them
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t, two-sided
@@ -210,7 +210,8 @@ def table(records, name, columns):
     """Two Markdown tables: means and standard deviations of the rows, and paired differences from their controls."""
     rows, lines = TABLES[name], []
     here = [r["result"] for (row, _), r in records.items() if row in rows]
-    columns = [k for k in columns if here and all(f"after.{k}" in r for r in here)]  # older records lack the younger metrics
+    enough = any if name.startswith("gold") else all  # rows without feedback fed no garbage back
+    columns = [k for k in columns if here and enough(f"after.{k}" in r for r in here)]  # older records lack the younger metrics
     value = lambda row, seed, key: records[row, seed]["result"].get(key, float("nan"))
     seeds = {row: sorted(s for r, s in records if r == row) for row in ROWS}
     shown = lambda values: "{:.3f} ± {:.3f}".format(*mean_sd(values)) if all(v == v for v in values) else ""
@@ -232,7 +233,7 @@ def table(records, name, columns):
                 for k in columns:
                     m, sd = mean_sd([value(row, s, f"after.{k}") - value(control, s, f"after.{k}") for s in both])
                     half = T95.get(len(both) - 1, 2.0) * sd / math.sqrt(len(both))
-                    cells.append(f"{m:+.3f} [{m - half:+.3f}, {m + half:+.3f}]")
+                    cells.append(f"{m:+.3f} [{m - half:+.3f}, {m + half:+.3f}]" if m == m else "")
                 lines.append(f"| {row} - {control} | {len(both)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
