@@ -80,7 +80,7 @@ class Config:
     scorer_lr: float = 2e-3          # its rate, constant; 5e-5 for pretrained models
     pad_energy: int = 0              # average energies over this many tokens, padding included, as the code (32) does
     loss: str = "sce"                # of the final student: sce (Eq. 5) or ce
-    alpha: float = 1.0               # weight of CE in SCE; the code has 1, .1 and .01
+    alpha: float = 0.1               # weight of CE in SCE; the code has 1, .1 and .01
     beta: float = 1.0                # weight of reverse CE; 0 leaves alpha CE
     label_noise: float = 0.0         # control: plant this share of wrong labels before the final student
     # optimization
