@@ -234,6 +234,64 @@ def perplexities(records, names, title):
     return figure
 
 
+def of_rows(records, row, key):
+    return np.array([r["written"][key] for r in records if r["row"] == row], dtype=float)
+
+
+def written(records, names, title):
+    """A panel for each row: the share of each topic among what the LLM wrote (dots: seeds) over its true weight."""
+    from assets.world2 import NAMES, WEIGHTS
+    figure, axes = panels(len(names), title, 3.6, between=0.3, right=0.3, sharey=True)
+    for axis, (row, name), color in zip(axes, names.items(), COLORS):
+        counts, garbage = of_rows(records, row, "topics"), of_rows(records, row, "garbage")
+        shares = counts / (counts.sum(1) + garbage)[:, None]
+        axis.bar(range(20), shares.mean(0), color=color, alpha=0.5)
+        axis.plot(np.tile(range(20), (len(shares), 1)), shares, ".", color=color, markersize=3)
+        axis.plot(WEIGHTS, color="0.2", linewidth=1.5)
+        axis.set(title=f"{name}: garbage {(garbage / (counts.sum(1) + garbage)).mean():.2f}", yscale="log",
+                 ylim=(3e-4, 1), xlabel="topic, from common to rare")
+        axis.set_xticks([0, 4, 9, 14, 19], [NAMES[i] for i in (0, 4, 9, 14, 19)])
+    axes[0].text(4.5, 0.09, "true weights", color="0.2")
+    axes[0].set_yticks([.001, .01, .1, 1], ["0.001", "0.01", "0.1", "1"])
+    return figure
+
+
+def coverage(records, names, title):
+    """Left: topics with 10 samples or more while samples are written. Right: the student's accuracy over rarity."""
+    figure, (left, right) = panels(2, title, 3.8, between=1.9, right=1.7)
+    ends, ends_right = [], []
+    for (row, name), color in zip(names.items(), COLORS):
+        runs = [[tuple(x) for x in r["written"]["coverage"]] for r in records if r["row"] == row]
+        ends.append((draw_runs(left, runs, color), name, color))
+        right_ones = of_rows(records, row, "by_topic").reshape(-1, 10, 2).mean(2)  # two topics a point
+        ends_right.append((draw_runs(right, [list(zip(range(10), x)) for x in right_ones], color), name, color))
+    left.set(title="topics with 10 samples or more, of 20", xlabel="samples written", ylim=(0, 20.5))
+    right.set(title="student's accuracy, two topics a point", xlabel="rank of the topic, common to rare", ylim=(0, 1.02))
+    right.set_xticks(range(0, 10, 2), [f"{2 * i + 1}-{2 * i + 2}" for i in range(0, 10, 2)])
+    right.axhline(0.5, color="0.6", linewidth=0.8, zorder=0)
+    end_labels(left, ends)
+    end_labels(right, ends_right)
+    return figure
+
+
+def by_energy(records, names, title):
+    """OOD samples by their rank of energy inside their round: how many are of common topics, of rare ones, garbage."""
+    figure, axes = panels(len(names), title, 3.4, between=0.3, right=1.2, sharey=True)
+    for axis, (row, name) in zip(np.atleast_1d(axes), names.items()):
+        ranks = of_rows(records, row, "ranks").sum(0)  # (3, b)
+        shares, floor, b = ranks / ranks.sum(0), 0, ranks.shape[1]
+        for share, color, what in zip(shares, (BLUE, GREEN, RED), ("common", "rare", "garbage")):
+            axis.bar(range(b), share, bottom=floor, color=color, width=0.9)
+            if axis is np.atleast_1d(axes)[-1]:
+                axis.text(b - 0.3, (floor + share / 2)[-1], what, color=color, va="center", fontweight="bold")
+            floor = floor + share
+        axis.axvspan(b * 5 // 10 - 0.5, b * 8 // 10 - 0.5, color="0.2", alpha=0.25)
+        axis.text((b * 5 // 10 + b * 8 // 10 - 1) / 2, 1.02, "band", ha="center", color="0.3")
+        axis.set(title=name, xlabel="rank of energy in its round, familiar to strange", xticks=range(b), ylim=(0, 1.08))
+        axis.set_xticklabels(range(1, b + 1))
+    return figure
+
+
 def table(title):
     """Left: p, q0 and what both kinds of negatives converge to. Right: the boundary of stability."""
     t = tabular()
@@ -274,6 +332,10 @@ def main(source=HERE / "results.jsonl", folder=HERE):
     mixes = {"natural": "natural", "uniform": "uniform", "static": "static at DDK's mean", "ddk": "DDK"}
     alphas = {"uniform": "0 (uniform)", "ddk": 0.5, "alpha-8": 0.8, "alpha-1": 1}
     plain = {"natural": "KD, natural", "uniform": "KD, uniform", "ddk": "DDK"}
+    wrote = {"gold-plain": "plain prompt", "gold-ood": "OOD prompt", "gold": "GOLD"}
+    arms = {"gold-plain": "plain prompt", "gold-ood": "OOD prompt", "gold": "GOLD (band)", "gold-random": "random",
+            "gold-top": "top", "gold-t1": "plain at T = 1"}
+    energies = {"gold-ood": "no feedback", "gold": "GOLD (band)", "gold-top": "most strange fed back"}
     figures = {
         "kd_forward.png": (kd, lambda title: curves(records, kd, title),
                            "Same student, same 500 steps, {} (thin): what the teacher gives decides"),
@@ -290,6 +352,12 @@ def main(source=HERE / "results.jsonl", folder=HERE):
         "ddk_worst.png": ({**mixes, **alphas}, lambda title: worst(records, mixes, alphas, title),
                           "Equal tokens, different mixtures, {} (thin)"),
         "ddk_ppl.png": (plain, lambda title: perplexities(records, plain, title), "Perplexity by domain, mean of {}"),
+        "gold_written.png": (wrote, lambda title: written(records, wrote, title),
+                             "What the LLM wrote, share of all samples, mean of {} (dots: seeds)"),
+        "gold_coverage.png": (arms, lambda title: coverage(records, arms, title),
+                              "3,008 samples each, {} (thin): what is covered is what is learned"),
+        "gold_energy.png": (energies, lambda title: by_energy(records, energies, title),
+                            "Samples of the OOD prompt by energy, sum over {}: garbage rises with the rank"),
         "dpkd_tabular.png": ({}, table, "No network, no noise: ten responses to one prompt, exact gradients"),
     }
     skipped, have = [], [r["row"] for r in records]
