@@ -266,7 +266,7 @@ def coverage(records, names, title):
         right_ones = of_rows(records, row, "by_topic").reshape(-1, 10, 2).mean(2)  # two topics a point
         ends_right.append((draw_runs(right, [list(zip(range(10), x)) for x in right_ones], color), name, color))
     left.set(title="topics with 10 samples or more, of 20", xlabel="samples written", ylim=(0, 20.5))
-    right.set(title="student's accuracy, two topics a point", xlabel="rank of the topic, common to rare", ylim=(0, 1.02))
+    right.set(title="student's accuracy, two topics a point", xlabel="rank of the topic", ylim=(0, 1.02))
     right.set_xticks(range(0, 10, 2), [f"{2 * i + 1}-{2 * i + 2}" for i in range(0, 10, 2)])
     right.axhline(0.5, color="0.6", linewidth=0.8, zorder=0)
     end_labels(left, ends)
