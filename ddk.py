@@ -135,7 +135,7 @@ class Mixture:
         self.log_shares = None                                  # (N,) r, once the gaps have been seen
         self.drawn = torch.zeros(len(sizes), dtype=torch.long)  # the cursors: sequences drawn of each domain so far
         self.total = torch.zeros(len(sizes), dtype=torch.float64)  # sum of the shares over steps
-        self.order, self.seconds = {}, 0.0                      # time spent on gaps
+        self.order, self.seconds = {}, 0.0  # domain: (epoch, its order); time spent on gaps
 
     def generator(self, *what):
         return torch.Generator().manual_seed(random.Random(repr((self.seed, *what))).getrandbits(62))
@@ -171,7 +171,7 @@ def fixed_shares(text, names):
             found = {k: float(v) for k, v in common.domains.parse(text, "--shares").items()}
     except (OSError, ValueError) as e:
         raise common.BadInput(f"--shares {text}: name=share,name=share or a result.json is wanted ({e})") from None
-    if sorted(found) != sorted(names) or min(found.values()) < 0 or abs(sum(found.values()) - 1) > 0.01:
+    if sorted(found) != sorted(names) or min(found.values()) < 0 or not 0.99 <= sum(found.values()) <= 1.01:
         raise common.BadInput(f"--shares {text}: one share of at least 0 for each of {', '.join(names)} is wanted, "
                               "together 1")
     shares = torch.tensor([found[n] for n in names], dtype=torch.float64)
@@ -181,8 +181,8 @@ def fixed_shares(text, names):
 def domain_ce(model, examples, cfg):
     """Mean cross entropy in nats a token on each domain's fixed sequences: {name: Examples} -> (N,) float64."""
     nll = lambda q, p, y: (-common.log_softmax_at(q, y),)
-    return torch.stack([common.per_response(nll, model, None, part, cfg, batch_size=cfg.batch_size // cfg.accum).sum()
-                        / sum(len(e.response) for e in part) for part in examples.values()])
+    of = lambda part: common.per_response(nll, model, None, part, cfg, batch_size=cfg.batch_size // cfg.accum).sum()
+    return common.from_zero(torch.stack([of(x) / sum(len(e.response) for e in x) for x in examples.values()]))
 
 
 def metrics(names, student_ce, teacher_ce, shares=None):
@@ -240,7 +240,7 @@ def train(cfg):
         due = steered and step % cfg.interval == 0
         if due or step % cfg.eval_every == 0 or step == cfg.steps:
             before_gaps = run.elapsed()
-            student_ce = common.from_zero(domain_ce(student, data.valid, cfg))
+            student_ce = domain_ce(student, data.valid, cfg)
             if due:
                 rho = domain_gap(student_ce, teacher_ce)
                 first = step == 0 or cfg.mix == "no-smoothing"

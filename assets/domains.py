@@ -42,7 +42,14 @@ def folder(path):
     if not Path(path).is_dir():
         raise BadInput(f"--data {path}: neither a tiny world (tiny, tiny:N) nor a directory with a file or folder for "
                        "each domain; to name them one by one use --domains name=source,name=source")
-    return {p.stem: str(p) for p in sorted(Path(path).iterdir()) if not p.name.startswith(".")}
+    found = {}
+    for p in sorted(Path(path).iterdir()):
+        if p.stem in found:
+            raise BadInput(f"--data {path}: {Path(found[p.stem]).name} and {p.name} are both called {p.stem}: "
+                           "rename one")
+        if not p.name.startswith("."):
+            found[p.stem] = str(p)
+    return found
 
 
 def files_of(source):
@@ -102,7 +109,7 @@ def documents(name, source):
             raise BadInput(f"domain {name}: {source} holds no file")
         for file in files:
             try:
-                yield from read_file(file, whole=len(files) > 1)
+                yield from read_file(file, whole=not Path(source).expanduser().is_file())
             except OSError as e:
                 raise BadInput(f"domain {name}: {file} cannot be read ({e.strerror})") from None
         return

@@ -482,6 +482,7 @@ def refused(match, function, *args):
     (dict(mix="static"), "it alone, wants --shares"), (dict(shares="a=1"), "it alone, wants --shares"),
     (dict(mix="static", shares="big=.5,mid=.5"), "one share of at least 0 for each of big, mid, small"),
     (dict(mix="static", shares="big=.5,mid=.4,small=.4"), "together 1"),
+    (dict(mix="static", shares="big=.5,mid=nan,small=.5"), "together 1"),
     (dict(mix="static", shares="big=half"), "--shares big=half"),
     (dict(mix="static", shares="no/result.json"), "No such file"),
     (dict(data="nowhere"), "neither a tiny world .* nor a directory"),
@@ -510,6 +511,9 @@ def test_bad_domains_are_refused_by_name(cfg, corpus, tmp_path):
     (corpus / "image.png").write_bytes(b"PNG\0\1\2")
     refused("image.png:1: a binary file", train)
     (corpus / "image.png").unlink()
+    (corpus / "mid.txt").write_text("the cat")
+    refused("mid.jsonl and mid.txt are both called mid", train)
+    (corpus / "mid.txt").unlink()
     (corpus / "mid.jsonl").unlink(), (corpus / "small.jsonl").unlink()
     refused("two domains or more, there is 1", train)
     assert not (tmp_path / "run").exists()
