@@ -78,12 +78,15 @@ def panels(n, title, height=3.3, between=1.75, left=0.65, right=1.2, **kwargs):
     return figure, axes
 
 
-def log_scale(axis):
+FINE = [1, 1.5, 2, 3, 5, 7, 10, 20, 30, 50, 100, 300]
+
+
+def log_scale(axis, marks=TICKS):
     """Logarithmic, on both sides of 0 if the data are; plain numbers as ticks, not powers of ten."""
     both = axis.dataLim.y0 < 0
     axis.set_yscale("symlog" if both else "log", **dict(linthresh=1, linscale=0.5) if both else {})
     low, high = axis.get_ylim()
-    ticks = [t for t in ([-t for t in TICKS[6:]] + [0] + TICKS[6:] if both else TICKS) if low <= t <= high]
+    ticks = [t for t in ([-t for t in TICKS[6:]] + [0] + TICKS[6:] if both else marks) if low <= t <= high]
     axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
     axis.set_yticks([], minor=True)
     if both:
@@ -164,7 +167,7 @@ def by_domain(records, names, title, prefix="gap_"):
         axis.axhline(1, color="0.6", linewidth=0.8, zorder=0)
         axis.set(title=name, xlabel="optimizer steps")
     for axis in axes:  # they share limits, which are final only now
-        log_scale(axis)
+        log_scale(axis, FINE)
         end_labels(axis, ends[axis])
     return figure
 
@@ -186,9 +189,10 @@ def mixtures(records, title):
     for i, (n, color) in enumerate(zip(names, COLORS)):
         right.plot(np.repeat(steps, 2)[1:], step(mean[:, i]), color=color, linewidth=2)
         ends.append(((steps[-1], mean[-1, i]), n, color))
-    for y, text in ((0.5 / len(names), "floor (1 - alpha) / N"), (0.5 + 0.5 / len(names), "cap alpha + floor")):
+    floor = 0.5 / len(names)
+    for y, at, text in ((floor, -0.035, "floor: (1 - alpha) / N"), (floor + 0.5, 0.01, "cap: alpha + floor")):
         right.axhline(y, color="0.3", linewidth=1, linestyle="--")
-        right.text(steps[-1] / 2, y + 0.008, text, ha="center", color="0.3")
+        right.text(steps[-1] / 2, y + at, text, ha="center", color="0.3")
     left.set(title="shares, stacked", xlabel="optimizer steps", xlim=(0, steps[-1]), ylim=(0, 1))
     right.set(title="the same, with the bounds of Eq. 2", xlabel="optimizer steps", ylim=(0, 0.66))
     end_labels(right, ends)
@@ -202,7 +206,7 @@ def worst(records, names, alphas, title):
     for (row, name), color in zip(names.items(), COLORS):
         runs = [[(x["step"], x["worst_gap"]) for x in r["curve"]] for r in records if r["row"] == row]
         ends.append((draw_runs(left, runs, color), name, color))
-    log_scale(left)
+    log_scale(left, FINE)
     end_labels(left, ends)
     shared = set.intersection(*({r["seed"] for r in records if r["row"] == row} for row in alphas))
     line = []
@@ -230,7 +234,8 @@ def perplexities(records, names, title):
         axis.text(1.01, 0.9 - 0.12 * i, name, color=color, transform=axis.transAxes, fontweight="bold")
     axis.set(title="perplexity a token (a byte), logarithmic", xticks=range(len(columns)))
     axis.set_xticklabels(columns)
-    log_scale(axis)
+    axis.set_ylim(bottom=1)  # no perplexity is less: on this scale the bars are cross entropies
+    log_scale(axis, FINE)
     return figure
 
 
