@@ -33,9 +33,10 @@ What differs from the paper, of which we know the abstract and the released code
  4. AdamW, warm-up and a cosine instead of Adam at a constant rate; one template instead of an average over several.
 
 What to watch: `advantage` is the objective, sum_t A_t a response: it rises towards 0. That proves that the optimizer
-works, no more. `return` moves with V(s_1) of the prompts drawn. `entropy` (nats a token) falls, and `valid` at T = 1
-rises with that alone: compare `valid_greedy`, and see in `mode_distance` what it cost. The loss means nothing: G is
-not centred, so L may go either way. A `truncated` above a few percent wants a larger --max-response.
+works, no more: where the teacher is unsure, a student that says "Yes ." to everybody gets far; see `length`. `return`
+moves with V(s_1) of the prompts drawn. `entropy` (nats a token) falls, and `valid` at T = 1 rises with that alone:
+compare a KL student at --eval-temperature 0.3, and `valid_greedy`; `mode_distance` is what it cost. The loss means
+nothing: G is not centred, so L may go either way. A `truncated` above a few percent wants a larger --max-response.
 
     python llmr.py                                        the tiny world, from its KL-distilled student
     python llmr.py --value lse                            soft values: log p(y|x) as the return
@@ -251,6 +252,8 @@ def train(cfg):
         if cfg.release and not common.total(ended.sum()):
             raise common.BadInput(f"step {step}: 100 % of the {cfg.batch_size} samples reach --max-response "
                                   f"{cfg.max_response} without an end and --release discards such: raise it")
+        if step % cfg.log_every == 0 and not ended.any():
+            run.print(f"step {step}: none of the samples ends within --max-response {cfg.max_response}: raise it")
         inside = torch.arange(state_value.shape[1] - 1, device=device) < lengths[:, None]  # (B,N); never from ids
         mask, count = counted_tokens(inside, ended, cfg.release, common.total)  # (B,N)
         # a cut response would still collect V(s_{n+1}) at best; added to -V(s_{n+1}) it leaves nothing to subtract

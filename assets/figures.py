@@ -321,6 +321,113 @@ def table(title):
     return figure
 
 
+def frontier(records, starts, title):
+    """Wrong answers over entropy: the controls cooled from T = 1 down to .2 (lines), LLMR (dots: seeds and mean)."""
+    figure, axes = panels(len(starts), title, 3.6, between=0.8, left=0.8, right=0.7, sharey=True)
+    colors = {"kl": BLUE, "seqkd": GREEN, "llmr": RED}
+    for axis, (start, rows) in zip(axes, starts.items()):
+        for row, label in rows.items():
+            color, runs = colors[row.split("-")[0]], []
+            for seed in sorted({r["seed"] for r in records if r["row"] == row}):
+                found = {r["row"]: r["result"] for r in records if r["seed"] == seed}
+                cooled = [] if color == RED else [f"{row}-t{t}" for t in (7, 5, 3, 2)]
+                if all(k in found for k in cooled):
+                    runs.append([(found[k]["after.entropy"], 1 - found[k]["after.valid_mass"]) for k in [row, *cooled]])
+            mean = np.mean(runs, 0)
+            if len(mean) == 1:
+                axis.plot(*np.array(runs)[:, 0].T, ".", color=color, markersize=4, alpha=0.4)
+                axis.plot(*mean.T, "o", color=color, markersize=7)
+                axis.annotate(label, mean[0], (7, 3), textcoords="offset points", color=color)
+                continue
+            axis.plot(*mean.T, "-o", color=color, markersize=4, linewidth=2)
+            axis.annotate(label, mean[0], (-4, 8 if color == GREEN else -24), textcoords="offset points", color=color)
+            for point, t in zip(mean, ("1", ".7", ".5", ".3", ".2") if color == BLUE else ()):
+                axis.annotate(f"T = {t}", point, (3, -13), textcoords="offset points", color=color, fontsize=8)
+        axis.set(title=start, xlabel="entropy, nats a response", yscale="log")
+    for axis in axes:
+        ticks = [.002, .005, .01, .02, .05, .1, .2, .3]
+        low, high = 0.65 * min(a.dataLim.y0 for a in axes), axis.get_ylim()[1]
+        axis.set_ylim(low, high)
+        axis.set_yticks([t for t in ticks if low <= t <= high], [f"{t:g}" for t in ticks if low <= t <= high])
+        axis.set_yticks([], minor=True)
+    axes[0].set_ylabel("probability of a wrong answer")
+    return figure
+
+
+def training(records, title):
+    """Over updates: LLMR's objective, and three metrics on validation prompts, with both controls."""
+    figure, axes = panels(4, title, between=0.55, right=0.85)
+    names = {"llmr-fine": "LLMR", "kl-more": "+KL", "seqkd-more": "+SeqKD"}
+    for axis, key, label in zip(axes, ("advantage", "valid", "entropy", "mode_distance"), (
+            "sum of A_t", "right answers, T = 1", "entropy, nats", "mode distance")):
+        ends = []
+        for (row, name), color in zip(names.items(), (RED, BLUE, GREEN)):
+            where = "train" if key == "advantage" else "curve"
+            runs = [[(x["step"], x[key]) for x in r[where]] for r in records
+                    if r["row"] == row and where in r and key in r[where][0]]
+            if runs:
+                ends.append((draw_runs(axis, runs, color), name, color))
+        axis.set(title=label, xlabel="updates")
+    end_labels(axes[-1], ends)
+    return figure
+
+
+def excess_error(data, names, title):
+    """The ratio, and beside it both things it is made of."""
+    from assets.excess import excess
+    figure, axes = panels(3, title)
+    ends = {axis: [] for axis in axes}
+    for (row, name), color in zip(names.items(), (BLUE, GREEN, RED)):
+        runs = list(data["excess"][row].values())
+        n = min(len(r["R"]) for r in runs)
+        R, leps = (np.array([r[k][:n] for r in runs]) for k in ("R", "leps"))
+        for axis, values in zip(axes, (R, leps, excess(R, leps))):
+            lines = [list(zip(range(1, n + 1), v)) for v in values]
+            ends[axis].append((draw_runs(axis, lines, color), name, color))
+    longest = max(x for (x, _), _, _ in ends[axes[0]])
+    for axis, label in zip(axes, ("R(l): on the student's prefixes, nats", "l eps(l): on the teacher's, nats",
+                                  "ExAccErr(l), %: their ratio less 1")):
+        axis.set(title=label, xlabel="tokens l")
+        end_labels(axis, [end for end in ends[axis] if end[0][0] == longest])
+        for (x, y), name, color in [end for end in ends[axis] if end[0][0] < longest]:
+            axis.annotate(name, (x, y), (5, -3), textcoords="offset points", color=color)
+    axes[2].axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    return figure
+
+
+def token_rewards(data, title):
+    """The induced reward of every token of a good and of a corrupted response; the advantage beside it."""
+    figure, axes = panels(2, title, 3.4, between=1.0, left=1.0, right=0.3, sharex=True)
+    names = "the teacher's greedy response", "one word exchanged"
+    for axis, response, name in zip(axes, data["rewards"]["responses"], names):
+        at = np.arange(len(response["tokens"]))
+        axis.barh(at - 0.18, response["reward"], 0.34, color=BLUE)
+        axis.barh(at + 0.18, response["advantage"], 0.34, color=RED)
+        axis.set_yticks(at, response["tokens"])
+        axis.invert_yaxis()
+        axis.axvline(0, color="0.6", linewidth=0.8)
+        axis.set(title=f"{name}: sum of A_t {sum(response['advantage']):.1f}", xlabel="nats")
+    axes[0].text(0.02, 0.02, "reward r_t", color=BLUE, transform=axes[0].transAxes)
+    axes[0].text(0.02, 0.1, "advantage A_t", color=RED, transform=axes[0].transAxes)
+    return figure
+
+
+def length_histogram(data, names, title):
+    """Shares of sampled responses by length, all seeds together, and the mean length."""
+    names = {row: name for row, name in names.items() if row in data["lengths"]}
+    figure, axes = panels(len(names), title, between=0.35, right=0.2, sharey=True, sharex=True)
+    for axis, (row, name), color in zip(axes, names.items(), ["0.6", *COLORS]):
+        total = {}
+        for counts in data["lengths"][row].values():
+            for n, c in counts.items():
+                total[int(n)] = total.get(int(n), 0) + c
+        n, share = np.array(sorted(total)), np.array([total[k] for k in sorted(total)]) / sum(total.values())
+        axis.bar(n, share, 0.9, color=color)
+        axis.set(title=f"{name}: mean {(n * share).sum():.2f}", xlabel="tokens", xlim=(4, 29))
+    axes[0].set_ylabel("share of responses")
+    return figure
+
+
 def main(source=HERE / "results.jsonl", folder=HERE):
     try:
         import matplotlib  # noqa: F401
@@ -341,9 +448,28 @@ def main(source=HERE / "results.jsonl", folder=HERE):
     arms = {"gold-plain": "plain prompt", "gold-ood": "OOD prompt", "gold": "GOLD (band)", "gold-random": "random",
             "gold-top": "top", "gold-t1": "plain at T = 1"}
     energies = {"gold-ood": "no feedback", "gold": "GOLD (band)", "gold-top": "most strange fed back"}
+    excess = Path(source).with_name("excess.json")
+    data = json.loads(excess.read_text()) if excess.exists() else None
+    three = {"kl-more": "+KL", "seqkd-more": "+SeqKD", "llmr": "LLMR"}
+    values = {"teacher": "teacher", "kl-more": "+KL", "llmr": "V = max", "llmr-mean": "V = mean", "llmr-lse": "V = lse"}
+    starts = {"from the KL-distilled start": {"kl-more": "+KL", "seqkd-more": "+SeqKD", "llmr": "LLMR, 300 updates",
+                                              "llmr-100": "100", "llmr-50": "50", "llmr-25": "25"},
+              "from a weaker start": {"kl-mid": "+KL", "seqkd-mid": "+SeqKD", "llmr-mid": "LLMR, lr 3e-4",
+                                      "llmr-mid-lr1e-3": "lr 1e-3"}}
     figures = {
         "kd_forward.png": (kd, lambda title: curves(records, kd, title),
                            "Same student, same 500 steps, {} (thin): what the teacher gives decides"),
+        "llmr_frontier.png": ([row for rows in starts.values() for row in rows],
+                              lambda title: frontier(records, starts, title),
+                              "Is it more than sharpening? LLMR against its controls at lower temperatures"),
+        "llmr_training.png": (["llmr-fine", "kl-more", "seqkd-more"], lambda title: training(records, title),
+                              "300 updates from the KL-distilled start, thin lines: seeds"),
+        "llmr_excess.png": (data and {}, lambda title: excess_error(data, three, title),
+                            "Excess error: the ratio (right) says little without the two that it is made of"),
+        "llmr_reward.png": (data and {}, lambda title: token_rewards(data, title),
+                            "What the teacher's logits pay for each token"),
+        "llmr_length.png": (data and {}, lambda title: length_histogram(data, values, title),
+                            "Length of sampled responses, seeds together: LLMR drops the long wordings"),
         "dpkd_margin.png": (margins, lambda title: pairs(records, margins, margin, 1.1, title),
                             "Margin / beta, nats, {} (thin): stale pairs flatter the student, fresh ones do not"),
         "dpkd_nll.png": (nlls, lambda title: pairs(records, nlls, nll, 0.75, title),
@@ -367,6 +493,9 @@ def main(source=HERE / "results.jsonl", folder=HERE):
     }
     skipped, have = [], [r["row"] for r in records]
     for name, (rows, draw, title) in figures.items():
+        if rows is None:
+            skipped.append(f"{name} (assets/excess.json)")
+            continue
         if missing := [row for row in rows if row not in have]:
             skipped.append(f"{name} ({', '.join(missing)})")
             continue

@@ -7,6 +7,7 @@ logits for every position, masked afterwards. It is written plainly below and st
 """
 import argparse
 import gc
+import itertools
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
 import kd_forward
+import llmr
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 B, T, RESPONSE = 16, 128, 50  # 39 % of the tokens are response tokens
@@ -184,6 +186,99 @@ def bench_sample(rows, rounds):
         note="(ends about every 30 tokens)")
 
 
+def bench_llmr(rows, rounds, vocab=32_000, dtype=torch.float32):
+    """One update of llmr.py against the official code's way: `generate` that returns the logits of all steps, then
+    the teacher's and the student's logits and softmaxes for every response token at once, kept as (B,N,V).
+    Both sample for themselves; the gate compares losses and gradient norms on the same responses."""
+    teacher = model(512, 4, vocab, 1, dtype).eval().requires_grad_(False)
+    prompts = [common.Example(e.prompt, e.prompt, []) for e in examples(vocab)]
+    width, marks = T - RESPONSE, []
+
+    def mark():
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+
+    def ours(student, seed, responses=None):  # as in the loop of llmr.py, with its defaults
+        fwd, teacher_fwd = common.response_states(student), common.response_states(teacher)
+        mark()
+        if responses is None:
+            responses, _ = common.sample(student, [e.prompt for e in prompts], RESPONSE, seed=seed, eos=0)
+        mark()
+        answered = [common.Example(e.prompt, e.prompt, r) for e, r in zip(prompts, responses)]
+        lengths = torch.tensor([len(r) for r in responses], device=DEVICE)
+        ended = torch.tensor([r[-1] == 0 for r in responses], device=DEVICE)
+        with torch.no_grad(), torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            scored = [common.Example(e.prompt, e.prompt, e.response + [0] * (e.response[-1] != 0)) for e in answered]
+            batch = common.collate(scored, teacher).to(DEVICE)
+            values = common.row_scalars(lambda p, y: llmr.teacher_values(p, y, "max"), teacher, teacher_fwd(batch), batch.targets)
+        q, v, _ = (common.by_response(x, lengths + ~ended, int(lengths.max()) + 1) for x in values)
+        returns = llmr.returns_to_go(llmr.induced_reward(q[:, :-1], v, lengths, ended | True))
+        mark()
+        batch = common.collate(answered, student).to(DEVICE)
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            hidden = fwd(batch)
+        inside = torch.arange(returns.shape[1], device=DEVICE) < lengths[:, None]
+        weights = llmr.policy_weights(returns[inside], None, None, 0.0)
+        loss = llmr.policy_gradient_loss(common.token_logprobs(student, hidden, batch.targets), weights) / len(prompts)
+        loss.backward()
+        return loss
+
+    def official(student, seed, responses=None):
+        ids = torch.tensor([e.prompt for e in prompts], device=DEVICE)
+        if responses is None:
+            torch.manual_seed(seed)
+            made = student.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, max_new_tokens=RESPONSE,
+                                    eos_token_id=0, pad_token_id=0, output_scores=True, return_dict_in_generate=True)
+            torch.stack(made.scores, 1).softmax(-1)  # (B,N,V): the probabilities of the sampler, for the ratio
+            tokens = made.sequences
+        else:
+            tokens = torch.cat([ids, torch.tensor(responses, device=DEVICE)], 1)
+        y, mask = tokens[:, width:], (tokens[:, width:] == 0).cumsum(-1).cumsum(-1) <= 1  # all until the first end
+        ended = (y == 0).any(-1)
+        with torch.no_grad(), torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            f = teacher(input_ids=tokens).logits[:, width - 1:].float()  # (B,N+1,V)
+            f = f - f.mean(-1, keepdim=True)
+            action_value = f[:, :-1].gather(-1, y[..., None])[..., 0] * mask
+            value = f.max(-1).values
+            value[:, 1:][(y == 0) | ~mask] = 0
+            value[:, -1][~ended] = 0  # cut: our default grants what it subtracts; the official code would discard it
+            returns = ((action_value - value[:, 1:]) * mask).flip(-1).cumsum(-1).flip(-1)
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            logq = student(input_ids=tokens).logits[:, width - 1:-1].float().log_softmax(-1)  # (B,N,V)
+        loss = -(returns * logq.gather(-1, y[..., None])[..., 0] * mask).sum() / len(prompts)
+        loss.backward()
+        return loss
+
+    sides, found = {}, {}
+    fixed = [e.response for e in examples(vocab)]
+    for name, update in (("ours", ours), ("official_way", official)):
+        student = model(256, 2, vocab, 2)
+        student.eval()
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
+
+        def step(seed=0, responses=None, student=student, optimizer=optimizer, update=update):
+            loss = update(student, seed, responses)
+            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            mark()
+            return [loss.item(), norm.item()]
+        sides[name], found[name] = step, [x for _ in range(5) for x in step(responses=fixed)]
+    for a, b in zip(found["ours"], found["official_way"]):
+        assert math.isclose(a, b, rel_tol=1e-4 if dtype == torch.float32 else 2e-2), f"llmr_update: losses or norms differ, {found}"
+    row(rows, "llmr_update", "official_way", take_turns(sides, rounds, 1))
+    shares = []
+    for seed in range(rounds):
+        marks.clear()
+        sides["ours"](seed)
+        shares.append([b - a for a, b in itertools.pairwise(marks)])
+    parts = [statistics.median(x) for x in zip(*shares)]
+    rows[-1] |= {"updates_per_s": round(1 / sum(parts), 2),
+                 **{k: round(x / sum(parts), 3) for k, x in zip(("share_sampling", "share_teacher", "share_student"), parts)}}
+    print(" " * 22 + ", ".join(f"{k} {rows[-1][k]}" for k in list(rows[-1])[-4:]))
+
+
 def bench_cache(rows, rounds):
     teacher, student = model(512, 6, 4000, 1).eval().requires_grad_(False), model(192, 2, 4000, 2)
     data = examples(4000, 64)
@@ -239,7 +334,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", default="")
-    parser.add_argument("--only", nargs="*", default=["kd_step", "sample", "cache", "memory"])
+    parser.add_argument("--only", nargs="*", default=["kd_step", "sample", "llmr", "cache", "memory"])
     args = parser.parse_args()
     rows = []
     if "kd_step" in args.only:
@@ -249,6 +344,8 @@ def main():
                 gc.collect()
     if "sample" in args.only:
         bench_sample(rows, args.rounds)
+    if "llmr" in args.only:
+        bench_llmr(rows, args.rounds)
     if "cache" in args.only:
         bench_cache(rows, args.rounds)
     if "memory" in args.only:

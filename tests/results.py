@@ -53,13 +53,16 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "llmr-100": ("llmr.py --steps 100", [], 5),
         "llmr-lse": ("llmr.py --value lse", ["llmr"], 3),
         "llmr-mean": ("llmr.py --value mean", ["llmr"], 3),
-        "llmr-baseline": ("llmr.py --baseline value", ["llmr"], 3),
+        "llmr-value": ("llmr.py --baseline value", ["llmr"], 3),
+        "llmr-others": ("llmr.py --baseline mean", ["llmr"], 3),
+        "llmr-fine": ("llmr.py --eval-every 20", [], 3),  # llmr again, looked at more often, for a figure
     },
     "llmr-mid": {  # from the students of kd-teacher, where there is something to gain
-        "llmr-mid": (f"llmr.py {MID}", ["kl-mid", "seqkd-mid"], 5),
-        "kl-mid": (f"kd_forward.py {MID} --responses teacher --steps 300", [], 5),
-        "seqkd-mid": (f"kd_forward.py {MID} --responses teacher --alpha 0 --steps 300", ["kl-mid"], 5),
-        **cooler("kl-mid", 5), **cooler("seqkd-mid", 5),
+        "llmr-mid": (f"llmr.py {MID}", ["kl-mid", "seqkd-mid"], 3),
+        "llmr-mid-lr1e-3": (f"llmr.py {MID} --lr 1e-3", ["kl-mid", "seqkd-mid"], 3),
+        "kl-mid": (f"kd_forward.py {MID} --responses teacher --steps 300", [], 3),
+        "seqkd-mid": (f"kd_forward.py {MID} --responses teacher --alpha 0 --steps 300", ["kl-mid"], 3),
+        **cooler("kl-mid", 3), **cooler("seqkd-mid", 3),
     },
     "dpkd": {
         "dpkd": ("dpkd.py", ["sft", "seqkd", "kd-teacher", "reverse-kl"], 5),
@@ -110,6 +113,10 @@ TABLES["gold-sums"] = {  # stories with equations
     "sums-plain": (f"gold.py --task sums {PLAIN}", [], 3),
 }
 GOLD = ["accuracy", "accuracy_uniform", "accuracy_tail", "modes", "tail_mass", "garbage", "garbage_fed", "auroc_garbage"]
+MATCHED = {  # table: {row: controls whose curve over T it is held against, at its own entropy and mode distance}
+    "llmr": {row: ["kl-more", "seqkd-more"] for row in ("llmr", "llmr-100", "llmr-50", "llmr-25", "llmr-value", "llmr-others")},
+    "llmr-mid": {row: ["kl-mid", "seqkd-mid"] for row in ("llmr-mid", "llmr-mid-lr1e-3")},
+}
 ROWS = {row: what for table in TABLES.values() for row, what in table.items()}
 README = {"ddk": ["worst_gap", "mean_gap", "mean_ce"], "gold": GOLD, "gold-sums": GOLD}  # columns there, if not these:
 COLUMNS = ["kl_pq", "kl_qp", "valid", "valid_greedy", "mode_distance", "entropy"]
@@ -143,7 +150,7 @@ def run(row, seed):
     train = [pick(x, x, TRAIN) for x in log if any(k in x for k in TRAIN)]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {"row": row, "seed": seed, "command": f"python {command}", "commit": commit, "python": platform.python_version(),
-            "torch": torch.__version__, "transformers": transformers.__version__, **by_length(out), "curve": curve, **({"train": train} if train else {}), "result": json.loads((out / "result.json").read_text())}
+            "torch": torch.__version__, "transformers": transformers.__version__, **({} if "--steps 0" in command else by_length(out)), "curve": curve, **({"train": train} if train else {}), "result": json.loads((out / "result.json").read_text())}
 
 
 def written(out):
@@ -206,8 +213,41 @@ def mean_sd(values):
     return m, math.sqrt(sum((v - m) ** 2 for v in values) / max(1, len(values) - 1))
 
 
+def at_match(records, row, control, by, key, seed):
+    """`key` of the row less that of its control, cooled until both have the same `by`: piecewise linear between the
+    measured temperatures 1, .7, .5, .3, .2; beyond the last, the last. None where a record is missing."""
+    curve = [records.get((r, seed)) for r in (control, *cooler(control, 0))]
+    if None in curve or (row, seed) not in records:
+        return None
+    at = lambda r, k: r["result"][f"after.{k}"]
+    points = sorted((at(r, by), at(r, key)) for r in curve)
+    x = min(max(at(records[row, seed], by), points[0][0]), points[-1][0])
+    (x0, y0), (x1, y1) = next((a, b) for a, b in zip(points, points[1:]) if a[0] <= x <= b[0])
+    return at(records[row, seed], key) - (y0 + (y1 - y0) * (x - x0) / (x1 - x0))
+
+
+def interval(values):
+    m, sd = mean_sd(values)
+    half = T95.get(len(values) - 1, 2.0) * sd / math.sqrt(len(values))
+    return f"{m:+.3f} [{m - half:+.3f}, {m + half:+.3f}]"
+
+
+def matched_table(records, name):
+    """Differences in validity from controls sampled at a temperature that makes them as sharp as the row is."""
+    lines = ["", "Against the control sampled at the T < 1 that gives it the row's own entropy, or its own mode distance:", "",
+             "| row - control | seeds | valid, same entropy | valid_mass, same entropy | valid, same mode_distance | valid_mass, same mode_distance |",
+             "|" + "---|" * 6]
+    for row, controls in MATCHED.get(name, {}).items():
+        for control in controls:
+            cells = [[d for s in SEEDS if (d := at_match(records, row, control, by, key, s)) is not None]
+                     for by in ("entropy", "mode_distance") for key in ("valid", "valid_mass")]
+            if len(cells[0]) > 1:
+                lines.append(f"| {row} - {control} | {len(cells[0])} | " + " | ".join(map(interval, cells)) + " |")
+    return lines if len(lines) > 5 else []
+
+
 def table(records, name, columns):
-    """Two Markdown tables: means and standard deviations of the rows, and paired differences from their controls."""
+    """Markdown tables: means and standard deviations of the rows, paired differences from their controls, matched ones."""
     rows, lines = TABLES[name], []
     here = [r["result"] for (row, _), r in records.items() if row in rows]
     enough = any if name.startswith("gold") else all  # rows without feedback fed no garbage back
@@ -222,7 +262,7 @@ def table(records, name, columns):
             lines.append(f"| {title} | `--steps 0` | {len(seeds[first])} | " + " | ".join(show(first, which)) + " |")
     for row, (command, _, _) in rows.items():
         if seeds[row]:
-            lines.append(f"| {row} | `python {command}` | {len(seeds[row])} | " + " | ".join(show(row, "after")) + " |")
+            lines.append(f"| {row} | `python {command.replace('{seed}', 'N')}` | {len(seeds[row])} | " + " | ".join(show(row, "after")) + " |")
     lines += ["", "Paired differences, with 95 % intervals (Student's t over seeds):", "",
               "| row - control | seeds | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 2)]
     for row, (_, controls, _) in rows.items():
@@ -234,8 +274,9 @@ def table(records, name, columns):
                     m, sd = mean_sd([value(row, s, f"after.{k}") - value(control, s, f"after.{k}") for s in both])
                     half = T95.get(len(both) - 1, 2.0) * sd / math.sqrt(len(both))
                     cells.append(f"{m:+.3f} [{m - half:+.3f}, {m + half:+.3f}]" if m == m else "")
+                cells = [interval([value(row, s, f"after.{k}") - value(control, s, f"after.{k}") for s in both]) for k in columns]
                 lines.append(f"| {row} - {control} | {len(both)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines + matched_table(records, name))
 
 
 def update_readme(records):
@@ -244,7 +285,7 @@ def update_readme(records):
     text = path.read_text()
     for name in TABLES:
         new = table(records, name, README.get(name, COLUMNS))
-        text = re.sub(rf"(<!-- table {name} -->\n).*?(\n<!-- end -->)", lambda m, new=new: m[1] + new + m[2], text, flags=re.S)
+        text = re.sub(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", lambda m, new=new: f"{m[1]}{new}\n{m[2]}", text, flags=re.S)
     path.write_text(text)
 
 
