@@ -1,9 +1,13 @@
 """Speed as ratios within one run: contenders take turns (A B C A B C ...), medians, correctness gate first.
 
     python tests/bench.py [--rounds 3] [--json FILE] [--only kd_step sample]
+    python tests/bench.py --readme FILE     write the table of such a file into README.md
 
 A ratio above 1 says that ours is faster (or smaller). `textbook` is the loop that everybody writes: both models'
-logits for every position, masked afterwards. It is written plainly below and stays as it is.
+logits for every position, masked afterwards. It is written plainly below and stays as it is. Peers take part where
+they are installed (pip install trl liger-kernel accelerate): the loss functions of TRL's GKDTrainer (trl_gkd) and
+DistillationTrainer (trl_chunked) and of Liger-Kernel (liger), called on the same batch without their trainers around
+them, which can only help them.
 """
 import argparse
 import gc
@@ -63,6 +67,47 @@ def textbook_loss(student, teacher, batch, mask, dtype):
     return (kl * mask[:, 1:]).sum() / mask[:, 1:].sum()
 
 
+def peers():
+    """{name: loss(student, teacher, batch, mask, dtype)} of what is installed; forward KL, mean over response tokens."""
+    def bodies(student, teacher, batch, dtype):
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            hidden = student.base_model(input_ids=batch.tokens)[0][:, :-1]
+            with torch.no_grad():
+                return hidden, teacher.base_model(input_ids=batch.tokens)[0][:, :-1]
+
+    def trl_gkd(student, teacher, batch, mask, dtype):
+        me = SimpleNamespace(teacher_model=teacher, beta=0, generalized_jsd_loss=GKDTrainer.generalized_jsd_loss)
+        inputs = dict(input_ids=batch.tokens, attention_mask=torch.ones_like(batch.tokens),
+                      labels=batch.tokens.masked_fill(mask == 0, -100))
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            return GKDTrainer.compute_loss(me, student, inputs)
+
+    def trl_chunked(student, teacher, batch, mask, dtype):
+        hidden, teacher_hidden = bodies(student, teacher, batch, dtype)
+        weights = student.lm_head.weight.to(hidden.dtype), teacher.lm_head.weight.to(teacher_hidden.dtype)
+        return _chunked_divergence_loss(hidden, teacher_hidden, *weights, mask[:, 1:], beta=0.0)[0]
+
+    def liger(student, teacher, batch, mask, dtype):
+        hidden, teacher_hidden = bodies(student, teacher, batch, dtype)
+        labels = batch.tokens.masked_fill(mask == 0, -100)[:, 1:].flatten()
+        loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
+        return loss(hidden.flatten(0, 1), student.lm_head.weight.to(hidden.dtype), teacher_hidden.flatten(0, 1),
+                    teacher.lm_head.weight.to(teacher_hidden.dtype), labels)
+    found = {}
+    try:
+        from trl.experimental.gkd.gkd_trainer import GKDTrainer
+        from trl.trainer.distillation_trainer import _chunked_divergence_loss
+        found |= {"trl_gkd": trl_gkd, "trl_chunked": trl_chunked}
+    except (ImportError, RuntimeError):  # TRL wraps what is missing
+        print("TRL is not installed (pip install trl accelerate): its rows are left out")
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+        found["liger"] = liger
+    except (ImportError, RuntimeError):  # TRL wraps what is missing
+        print("Liger-Kernel is not installed (pip install liger-kernel): its rows are left out")
+    return found
+
+
 def our_loss(student, teacher, batch, fwd, teacher_fwd, dtype):
     with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
         hidden = fwd(batch)
@@ -104,20 +149,21 @@ def row(rows, work, baseline, times, note=""):
           f"{r['ours_ms']:9.1f} ms against {r['baseline_ms']:9.1f} ms {note}", flush=True)
 
 
-def bench_kd_step(rows, rounds, vocab, dtype, name):
+def bench_kd_step(rows, rounds, vocab, dtype, name, rivals):
     teacher = model(512, 4, vocab, 1, dtype).eval().requires_grad_(False)
     batch = common.collate(examples(vocab), teacher).to(DEVICE)
     mask = torch.zeros(B, T, device=DEVICE)
     mask[:, T - RESPONSE:] = 1
     sides, losses, steps = {}, {}, {}
-    for side in ("ours", "textbook"):
+    other = {"textbook": textbook_loss, **rivals}
+    for side in ("ours", *other):
         student = model(256, 2, vocab, 2)
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, fused=side == "ours")
         fwd, teacher_fwd = common.response_states(student), common.response_states(teacher)
         if side == "ours":
             loss = lambda s=student, f=fwd, t=teacher_fwd: our_loss(s, teacher, batch, f, t, dtype)
         else:
-            loss = lambda s=student: textbook_loss(s, teacher, batch, mask, dtype)
+            loss = lambda s=student, f=other[side]: f(s, teacher, batch, mask, dtype)
 
         def step(loss=loss, optimizer=optimizer, student=student):
             value = loss()
@@ -130,9 +176,14 @@ def bench_kd_step(rows, rounds, vocab, dtype, name):
     # gate: five steps from the same weights on the same batch agree, or no time is printed
     first = {side: [step() for _ in range(5)] for side, step in steps.items()}
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    for a, b in zip(first["ours"], first["textbook"]):
-        assert math.isclose(a, b, rel_tol=tolerance), f"{name}: losses differ, {first}"
-    row(rows, name, "textbook", take_turns(steps, rounds, 3))
+    for side in [x for x in first if any(not math.isclose(a, b, rel_tol=tolerance) for a, b in zip(first["ours"], first[x]))]:
+        assert side in rivals, f"{name}: losses differ, {first}"
+        print(f"{name}: {side} computes something else, so no time is printed: {first[side]} against {first['ours']}")
+        del steps[side]
+    times = take_turns(steps, rounds, 3)
+    for side in steps:
+        if side != "ours":
+            row(rows, name, side, times)
 
     def forward_backward(side):
         losses[side]().backward()
@@ -338,9 +389,10 @@ def main():
     args = parser.parse_args()
     rows = []
     if "kd_step" in args.only:
+        rivals = peers()
         for vocab, label in ((4000, "v4k"), (32000, "v32k")):
             for dtype, kind in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-                bench_kd_step(rows, args.rounds, vocab, dtype, f"kd_step_{label}_{kind}")
+                bench_kd_step(rows, args.rounds, vocab, dtype, f"kd_step_{label}_{kind}", rivals)
                 gc.collect()
     if "sample" in args.only:
         bench_sample(rows, args.rounds)
