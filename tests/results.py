@@ -234,7 +234,7 @@ def interval(values):
 
 def matched_table(records, name):
     """Differences in validity from controls sampled at a temperature that makes them as sharp as the row is."""
-    lines = ["", "Against the control sampled at the T < 1 that gives it the row's own entropy, or its own mode distance:", "",
+    lines = ["", "Against the control sampled at the T < 1 that gives it the row's own entropy, or its own mode distance (where no T >= .2 does: at .2):", "",
              "| row - control | seeds | valid, same entropy | valid_mass, same entropy | valid, same mode_distance | valid_mass, same mode_distance |",
              "|" + "---|" * 6]
     for row, controls in MATCHED.get(name, {}).items():
