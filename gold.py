@@ -31,7 +31,7 @@ What differs from the paper, of which we know the abstract and the released code
 
 What to watch: `accuracy` on held-out real rows is what counts; `energy` has no zero, since a constant added to all
 logits shifts it: compare within a round only. `asked` is how many texts the LLM had to write for each one kept. In a
-tiny world the truth is known: `modes` and `tail_mass` should rise, `garbage` should not. Final loss says nothing.
+tiny world the truth is known: `modes` and `tail_mass` should rise, `garbage` should not. The final loss says nothing.
 
     python gold.py                                          tiny reviews: OOD prompt and the energy band
     python gold.py --control plain --select none            no OOD prompt, no feedback (as ZeroGen does it)

@@ -155,17 +155,19 @@ class Writer:
         import common
         self.model, self.tokenizer, self.file, self.max_new, self.seed = model, tokenizer, Path(file), max_new, seed
         template = "auto" if tokenizer.chat_template else "{prompt}"
-        self.encode = common.prompt_encoder(tokenizer, template, model, max_prompt)
-        self.memory, self.room, self.asked, self.kept = None, max_prompt, 0, 0
+        self.encode = common.prompt_encoder(tokenizer, template, model, 10**9)  # too long is an error, not cut
+        context = getattr(model.config, "max_position_embeddings", None) or 10**9
+        self.room = min(max_prompt, context - (0 if model.config.is_encoder_decoder else max_new))
+        self.memory, self.asked, self.kept = None, 0, 0
 
     def tokens(self, asked, begun):
         """The user's turn through the chat template where there is one, then the beginning of the answer."""
-        cut, encdec = self.encode.cut, self.model.config.is_encoder_decoder
+        encdec = self.model.config.is_encoder_decoder
         ids = self.encode(asked + begun if encdec else asked)
         ids = ids if encdec else ids + self.tokenizer(begun, add_special_tokens=False).input_ids
-        if self.encode.cut > cut or len(ids) > self.room:
-            raise BadInput(f"--llm-prompt {self.room}: a prompt with its shots does not fit; raise it, or shorten the "
-                           "task's 'about' or 'shots'")
+        if len(ids) > self.room:
+            raise BadInput(f"a prompt of {len(ids)} tokens does not fit: --llm-prompt and the LLM's context leave room "
+                           f"for {self.room}; raise it, or shorten the task's 'about', 'shots' or 'max_new'")
         return ids
 
     def __call__(self, prompts, call, temperature=0.0, top_k=0, top_p=1.0):

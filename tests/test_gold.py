@@ -208,6 +208,8 @@ def test_whole_run_ends_with_a_student_that_loads_and_answers(gold_config, kind,
     assert [x["step"] for x in log if "round" in x] == list(range(-len([x for x in log if "round" in x]), 0))
     assert [x for x in log if "round" in x][-1]["samples"] == cfg.budget and 0 <= result["after.garbage"] <= 1
     student, tokenizer = AutoModelForCausalLM.from_pretrained(f"{cfg.out}/student"), AutoTokenizer.from_pretrained(f"{cfg.out}/student")
+    samples = [json.loads(x) for x in open(f"{cfg.out}/samples.jsonl")]
+    assert len(samples) == cfg.budget and all({"text", "label", "round", "control", "fed", "topic"} <= set(s) for s in samples)
     row = json.loads(Path(cfg.data, "test.jsonl").read_text().splitlines()[0])
     ids = tokenizer(row["text"], return_tensors="pt").input_ids
     assert len(tokenizer.decode(student.generate(ids, max_new_tokens=3, do_sample=False)[0]).split()) > len(row["text"].split())
@@ -234,7 +236,7 @@ def test_a_chat_model_gets_the_task_in_the_users_turn_and_goes_on_from_a_forced_
     writer = tasks.Writer(common.load_model(student, CPU), tokenizer, tmp_path / "w.jsonl", 500, 4, 0)
     ids = writer.tokens("the cat sat", "on the mat")
     assert tokenizer.decode(ids) == "<u>the cat sat</u><a>on the mat"
-    with pytest.raises(common.BadInput, match="--llm-prompt 20"):
+    with pytest.raises(common.BadInput, match="leave room for 20"):
         tasks.Writer(common.load_model(student, CPU), tokenizer, tmp_path / "w.jsonl", 20, 4, 0).tokens("the cat " * 9, "on")
 
 
@@ -266,7 +268,7 @@ def test_energies_skip_padding_and_the_flag_averages_over_it(gold_config, monkey
     """A batch of answers of different lengths gives what each gives alone; with --pad-energy what the code computes."""
     found, select = {}, gold.select_feedback
     monkeypatch.setattr(gold, "select_feedback", lambda e, *a: found.setdefault("e", e) and select(e, *a))
-    made = [{"text": "we sold 8 actor after owning 17", "label": y} for y in ("17 - 8", "17", "17 - 8 + 1 - 1", "1 + 1")]
+    made = [{"text": "after owning 17 actor we sold 8", "label": y} for y in ("17 - 8", "17", "17 - 8 + 1 - 1", "1 + 1")]
     monkeypatch.setattr(tasks.Writer, "samples", lambda *a, **k: made)
     cfg = gold_config("sums", pad_energy=pad, budget=8, steps=0, seed=4, max_response=12)
     gold.train(cfg)
@@ -331,7 +333,7 @@ def test_a_run_killed_while_samples_are_written_asks_for_no_text_twice(gold_conf
 @pytest.mark.parametrize("settings, match", [
     (dict(teacher="none"), "name a --teacher"), (dict(task="rta"), "no such entry; there are reviews, sums, rte"),
     (dict(control="plain"), "add --select none"), (dict(select="bottom"), "choose one of band, top, random, none"),
-    (dict(top_p=0.0), "--top-p 0.0"), (dict(budget=0), "--budget 0"), (dict(llm_prompt=10), "--llm-prompt 10")])
+    (dict(top_p=0.0), "--top-p 0.0"), (dict(budget=0), "--budget 0"), (dict(llm_prompt=10), "leave room for 10")])
 def test_bad_settings_are_told_in_a_sentence(gold_config, settings, match):
     with pytest.raises(common.BadInput, match=match):
         gold.train(gold_config(**settings))

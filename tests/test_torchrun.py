@@ -24,6 +24,7 @@ RUNS = {  # script: settings of its run; nothing that depends on the noise of a 
     "llmr": ("llmr", {"top_k": 1, "entropy": 0.01}),
     "dpkd": ("dpkd", {"negatives": "online"}),
     "dpkd-token": ("dpkd", {"level": "token"}),
+    "gold": ("gold", {"task": "task.json", "data": "texts.jsonl", "budget": 24, "round_size": 4, "retrain": 1, "passes": 1, "feedback": 1}),
     "ddk": ("ddk", {"data": "domains", "max_tokens": 16, "interval": 5, "gap_rows": 6, "accum": 2}),
 }
 
@@ -49,6 +50,12 @@ def test_two_processes_train_what_one_does(settings, tmp_path_factory, monkeypat
     for i, name in enumerate("abc"):  # of ddk
         rows = [{"text": " ".join(random.Random(j).choices(WORDS[5 * i:5 * i + 9], k=20))} for j in range(150)]
         (root / f"domains/{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    texts = [{"text": " ".join(random.Random(j).choices(WORDS, k=4)), "label": j % 2} for j in range(80)]  # of gold
+    (root / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in texts))
+    entry = json.loads((ROOT / "assets/gold_tasks.json").read_text())["tasks"]["reviews"]
+    entry |= {"truth": "", "labels": {"cat": "", "dog": ""}, "lengths": [1, 999], "shots": 1, "max_new": 3, "stop": [],
+              "write": {"prompt": "{shots}", "shot": "{sample} ", "sample": "{label} {text}", "plain": "", "ood": "! "}}
+    (root / "task.json").write_text(json.dumps(entry))
     monkeypatch.setattr(common, "sample", greedy)
     fields = {module: importlib.import_module(module).Config.__dataclass_fields__ for module, _ in RUNS.values()}
     of = lambda module, extra, out: {**{k: v for k, v in settings.items() if k in fields[module]}, **extra, "out": str(root / out)}

@@ -11,8 +11,9 @@ import common
 
 
 def greedy(model, prompts, max_new, temperature=1.0, sample=common.sample, **kw):
-    """In the place of common.sample: then what is sampled does not depend on how many processes share the noise."""
-    return sample(model, prompts, max_new, 0.0, **kw)
+    """In the place of common.sample: then what is sampled does not depend on how many processes share the noise.
+    What an LLM writes (with top_p) does not anyway: process 0 alone asks it."""
+    return sample(model, prompts, max_new, temperature if "top_p" in kw else 0.0, **kw)
 
 
 if __name__ == "__main__":
