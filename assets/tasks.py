@@ -95,8 +95,10 @@ def student_row(task, sample):
 
 
 def pick_shots(task, rows, n, rng):
-    """n samples of human rows, fixed for the whole run, the labels as even as they go."""
-    chosen, order = [], rng.sample(range(len(rows)), len(rows))
+    """n samples for the prompts of a whole run, the labels as even as they go: of the first 10 n training rows, so that
+    typical ones can be put there."""
+    near = min(len(rows), 10 * n)
+    chosen, order = [], rng.sample(range(near), near)
     for _ in range(n):
         count = lambda i: sum(s["label"] == rows[i]["sample"]["label"] for s in chosen) if task["labels"] else 0
         order.sort(key=count)  # stable: the order of the draw decides among equals

@@ -140,7 +140,9 @@ def build(number, cache, part="teacher", kind="reviews"):
         root = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
         tokenizer, sizes, topics = make_tokenizer(kind), MODELS["rows"], range(len(NAMES))
         for split in ("train", "valid"):
-            drawn = random.Random(f"{split} {number}").choices(topics, WEIGHTS, k=sizes[split])
+            draw = random.Random(f"{split} {number}")
+            drawn = draw.choices(topics[:3], WEIGHTS[:3], k=30) if split == "train" else []  # shots come from these:
+            drawn += draw.choices(topics, WEIGHTS, k=sizes[split] - len(drawn))  # people show typical samples
             write_rows(root / f"data/{split}.jsonl", rows(f"{split} {number}", kind, drawn, split))
         write_rows(root / "data/test.jsonl", rows(f"test {number}", kind, [*topics] * sizes["each_topic"], "test"))
         rng = random.Random(f"documents {number}")
