@@ -150,6 +150,8 @@ def train(cfg):
     # models: the teacher is frozen and in the compute dtype, the student keeps fp32 weights and is cast on the fly
     task = common.load_task(cfg.task)
     cfg = replace(cfg, data=task["data"] if cfg.data == "auto" else cfg.data)
+    if not cfg.data:
+        raise common.BadInput(f"--task {cfg.task} names no data set: give --data, for real samples and for the test")
     student, teacher, tokenizer = common.load_pair(cfg, device, same_tokens=False, world=task["world"])
     if teacher is None:
         raise common.BadInput("--teacher none: somebody has to write the samples, so name a --teacher")

@@ -78,8 +78,8 @@ def row_reader(task):
         sample = {f: str(column(r, c, where)) for f, c in task["fields"].items()}
         label, words = column(r, task["label"], where), list(task["labels"])
         if words:
-            known = isinstance(label, int) and 0 <= label < len(words) or label in words
-            if not known:
+            label = int(label) if isinstance(label, str) and label.isdigit() and label not in words else label  # CSV
+            if not (isinstance(label, int) and 0 <= label < len(words) or label in words):
                 raise BadInput(f"{where}: unknown label {label!r}: the task has {', '.join(words)}, or numbers from 0")
             label = words[label] if isinstance(label, int) else label
         right = [str(x) for x in (label if isinstance(label, list) else [label])] or [""]
@@ -225,8 +225,9 @@ class Writer:
         prompts = [render(task, "solve", shots, {f: r["sample"][f] for f in task["fields"]}) for r in rows]
         texts = [parse(t, p[2], task["stop"]) for t, p in zip(self([p[:2] for p in prompts], "answers"), prompts)]
         texts = [t["label"] if t else "" for t in texts]
-        words = sorted(task["labels"], key=len, reverse=True)  # not_entailment before entailment
-        return [next((w for w in words if t.startswith(w)), t) for t in texts]
+        plain = lambda text: re.sub(r"[\W_]+", " ", text.lower()).strip()  # "Not entailment." is not_entailment
+        words = sorted(task["labels"], key=len, reverse=True)
+        return [next((w for w in words if plain(t).startswith(plain(w))), t) for t in texts]
 
 
 class Pool:

@@ -332,7 +332,7 @@ def test_a_run_killed_while_samples_are_written_asks_for_no_text_twice(gold_conf
 # ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("settings, match", [
     (dict(teacher="none"), "name a --teacher"), (dict(task="rta"), "no such entry; there are reviews, sums, rte"),
-    (dict(control="plain"), "add --select none"), (dict(select="bottom"), "choose one of band, top, random, none"),
+    (dict(control="plain"), "add --select none"), (dict(data=""), "names no data set"), (dict(select="bottom"), "choose one of band, top, random, none"),
     (dict(top_p=0.0), "--top-p 0.0"), (dict(budget=0), "--budget 0"), (dict(llm_prompt=10), "leave room for 10")])
 def test_bad_settings_are_told_in_a_sentence(gold_config, settings, match):
     with pytest.raises(common.BadInput, match=match):
@@ -350,6 +350,15 @@ def test_bad_tasks_are_told_in_a_sentence(gold_config, tmp_path, change, match):
     (tmp_path / "t.json").write_text(json.dumps({k: v for k, v in entry.items() if v is not None}))
     with pytest.raises(common.BadInput, match=match):
         gold.train(gold_config(task=str(tmp_path / "t.json")))
+
+
+def test_what_the_llm_answers_is_read_leniently(tmp_path):
+    writer = tasks.Writer.__new__(tasks.Writer)
+    task, row = tasks.load_task("rte"), {"sample": {"Sentence1": "A.", "Sentence2": "B."}}
+    for text, label in ((" Entailment.", "entailment"), ("Not entailment, since", "not_entailment"), (" maybe\n\nSample 2:", "maybe"), ("", "")):
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(tasks.Writer, "__call__", lambda *a, text=text: [text])
+            assert writer.answers(task, RTE, [row]) == [label]
 
 
 def test_an_llm_that_writes_nothing_usable_stops_the_run_with_three_of_its_texts(gold_config, monkeypatch):
