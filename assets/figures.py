@@ -255,7 +255,7 @@ def written(records, names, title):
         axis.plot(WEIGHTS, color="0.2", linewidth=1.5)
         axis.set(title=f"{name}: garbage {(garbage / (counts.sum(1) + garbage)).mean():.2f}", yscale="log",
                  ylim=(3e-4, 1), xlabel="topic, from common to rare")
-        axis.set_xticks([0, 4, 9, 14, 19], [NAMES[i] for i in (0, 4, 9, 14, 19)])
+        axis.set_xticks([0, 5, 10, 18], [NAMES[i] for i in (0, 5, 10, 18)])
     axes[0].text(4.5, 0.09, "true weights", color="0.2")
     axes[0].set_yticks([.001, .01, .1, 1], ["0.001", "0.01", "0.1", "1"])
     return figure
@@ -268,11 +268,12 @@ def coverage(records, names, title):
     for (row, name), color in zip(names.items(), COLORS):
         runs = [[tuple(x) for x in r["written"]["coverage"]] for r in records if r["row"] == row]
         ends.append((draw_runs(left, runs, color), name, color))
-        right_ones = of_rows(records, row, "by_topic").reshape(-1, 10, 2).mean(2)  # two topics a point
-        ends_right.append((draw_runs(right, [list(zip(range(10), x)) for x in right_ones], color), name, color))
+        fours = of_rows(records, row, "by_topic").reshape(-1, 5, 4).mean(2)  # four topics a point
+        ends_right.append((draw_runs(right, [list(zip(range(5), x)) for x in fours], color), name, color))
     left.set(title="topics with 10 samples or more, of 20", xlabel="samples written", ylim=(0, 20.5))
-    right.set(title="student's accuracy, two topics a point", xlabel="rank of the topic", ylim=(0, 1.02))
-    right.set_xticks(range(0, 10, 2), [f"{2 * i + 1}-{2 * i + 2}" for i in range(0, 10, 2)])
+    right.set(title="student's accuracy, four topics a point", xlabel="topics, from common to rare", ylim=(0, 1.02))
+    right.set_xticks(range(5), [f"{4 * i + 1}-{4 * i + 4}" for i in range(5)])
+    left.set_yticks(range(0, 21, 5))
     right.axhline(0.5, color="0.6", linewidth=0.8, zorder=0)
     end_labels(left, ends)
     end_labels(right, ends_right)
@@ -292,7 +293,7 @@ def by_energy(records, names, title):
             floor = floor + share
         axis.axvspan(b * 5 // 10 - 0.5, b * 8 // 10 - 0.5, color="0.2", alpha=0.25)
         axis.text((b * 5 // 10 + b * 8 // 10 - 1) / 2, 1.02, "band", ha="center", color="0.3")
-        axis.set(title=name, xlabel="rank of energy in its round, familiar to strange", xticks=range(b), ylim=(0, 1.08))
+        axis.set(title=name, xlabel="rank by energy in its round", xticks=range(b), ylim=(0, 1.08))
         axis.set_xticklabels(range(1, b + 1))
     return figure
 

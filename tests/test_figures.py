@@ -84,3 +84,13 @@ def test_draws_what_has_records_and_names_what_has_not(tmp_path, monkeypatch, ca
                "ddk_ppl.png (natural, uniform, ddk), gold_written.png (gold-plain, gold-ood, gold), "
                "gold_coverage.png (gold-plain, gold-ood, gold, gold-random, gold-top, gold-t1), gold_energy.png (gold-ood, gold, gold-top)")
     assert capsys.readouterr().out.splitlines()[-1] == f"skipped for lack of records: {missing}"
+
+
+def test_figures_of_what_an_llm_wrote_draw_from_records(tmp_path):
+    pytest.importorskip("matplotlib")
+    made = {"topics": [100 - 5 * t for t in range(20)], "garbage": 50, "ranks": [[9] * 8, [1] * 8, list(range(8))],
+            "coverage": [[160, 3], [320, 7]], "by_topic": [1 - t / 40 for t in range(20)]}
+    records = [{"row": row, "seed": seed, "written": made} for row in ("a", "b") for seed in (10, 11)]
+    for draw in (figures.written, figures.coverage, figures.by_energy):
+        draw(records, {"a": "one", "b": "two"}, "title").savefig(tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
