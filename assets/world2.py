@@ -35,7 +35,7 @@ GARBAGE = None  # in the place of a topic
 
 def fill(rng, kind, template, nouns, words):
     """A template with its slots drawn -> (text, the numbers x and y)."""
-    numbers = {k: str(rng.randint(*span)) for k, span in WORLD["numbers"].items()}
+    numbers = {k: str(rng.randint(*span)) for k, span in KINDS[kind]["numbers"].items()}
     draw = {"{n}": lambda: rng.choices(nouns, WORLD["noun_weights"])[0], "{a}": lambda: rng.choice(words),
             "{v}": lambda: rng.choice(words), "{x}": lambda: numbers["x"], "{y}": lambda: numbers["y"]}
     return " ".join(draw[w]() if w in draw else w for w in template.split()), numbers
@@ -59,11 +59,11 @@ def judge(kind, text, label):
         slots = template.split()
         if len(slots) == len(words) and all(s == w for s, w in zip(slots, words) if s[0] != "{"):
             of = lambda *names: [w for s, w in zip(slots, words) if s in names]
-            numbers = {n: of("{" + n + "}")[0] for n in WORLD["numbers"] if "{" + n + "}" in slots}
+            numbers = {n: of("{" + n + "}")[0] for n in k["numbers"] if "{" + n + "}" in slots}
             topics = {OF_NOUN.get(w) for w in of("{n}")}
             groups = {next((g for g in (0, 1) if w in k["groups"][g]), None) for w in of("{a}", "{v}")}
             fits = all(v.isdigit() and a <= int(v) <= b for (a, b), v in
-                       ((WORLD["numbers"][n], v) for n, v in numbers.items()))
+                       ((k["numbers"][n], v) for n, v in numbers.items()))
             if fits and len(topics) == len(groups) == 1 and None not in topics | groups:
                 topic, group = topics.pop(), groups.pop()
                 return topic, label.split() == k["labels"][group ^ SIGN[topic]].format(**numbers).split()
@@ -120,7 +120,7 @@ def make_tokenizer(kind):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     k, special = KINDS[kind], ["<pad>", "<eos>", "<unk>"]
-    numbers = [str(i) for a, b in WORLD["numbers"].values() for i in range(a, b + 1)] if kind == "sums" else []
+    numbers = [str(i) for a, b in k["numbers"].values() for i in range(a, b + 1)] if kind == "sums" else []
     shapes = " ".join([k["document"], k["question"], *k["labels"], *k["templates"], "plain different"]).split()
     words = [w for w in shapes if w[0] != "{"] + [*OF_NOUN, *WORLD["junk"], *sum(k["groups"], []), *numbers]
     numbered = {w: i for i, w in enumerate(dict.fromkeys(special + words))}

@@ -26,7 +26,7 @@ def test_judge_wants_one_topic_and_one_group_of_words():
     assert world2.judge("reviews", "the film and the jack were both fancy", "positive")[0] is None
     assert world2.judge("reviews", "this film seems fancy and rather quiet", "positive")[0] is None
     assert world2.judge("sums", "after owning 17 actor we sold 8", "17 - 8") == (0, True)
-    assert world2.judge("sums", "after owning 7 actor we sold 8", "7 - 8")[0] is None  # 10 to 29 are owned
+    assert world2.judge("sums", "after owning 7 actor we sold 8", "7 - 8")[0] is None  # 10 to 19 are owned
 
 
 def test_the_tail_contradicts_the_head():
