@@ -229,7 +229,7 @@ def at_match(records, row, control, by, key, seed):
 def interval(values):
     m, sd = mean_sd(values)
     half = T95.get(len(values) - 1, 2.0) * sd / math.sqrt(len(values))
-    return f"{m:+.3f} [{m - half:+.3f}, {m + half:+.3f}]"
+    return f"{m:+.3f} [{m - half:+.3f}, {m + half:+.3f}]" if m == m else ""
 
 
 def matched_table(records, name):
@@ -269,11 +269,6 @@ def table(records, name, columns):
         for control in controls:
             both = [s for s in seeds[row] if s in seeds[control]]
             if len(both) > 1:
-                cells = []
-                for k in columns:
-                    m, sd = mean_sd([value(row, s, f"after.{k}") - value(control, s, f"after.{k}") for s in both])
-                    half = T95.get(len(both) - 1, 2.0) * sd / math.sqrt(len(both))
-                    cells.append(f"{m:+.3f} [{m - half:+.3f}, {m + half:+.3f}]" if m == m else "")
                 cells = [interval([value(row, s, f"after.{k}") - value(control, s, f"after.{k}") for s in both]) for k in columns]
                 lines.append(f"| {row} - {control} | {len(both)} | " + " | ".join(cells) + " |")
     return "\n".join(lines + matched_table(records, name))
