@@ -28,8 +28,10 @@ import common
 QWEN = {"0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
         "1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12)}
 VOCAB, PEAK_FLOPS, PEAK_BYTES = 151_936, 798e12, 3.0e12  # an H100: a large bf16 product, memory traffic, as measured
-SCRIPTS = {  # script: settings beside the common ones; none for worlds of their own
-    "kd_forward": {"kl_on": "references"}, "llmr": {"kl_on": "references"}, "dpkd": {"kl_on": "references"},
+PAIRS = dict(max_prompt=24, max_response=8, eval_rows=8, kl_on="references")
+SCRIPTS = {  # script: settings beside the common ones; gold.py needs an LLM that can write, that of its tiny world
+    "kd_forward": PAIRS, "llmr": PAIRS, "dpkd": PAIRS, "ddk": dict(interval=5, gap_rows=4, eval_rows=4, max_tokens=16),
+    "gold": dict(budget=64, retrain=2, eval_rows=20, teacher="tiny", student="tiny", data="auto"),
 }
 
 
@@ -52,6 +54,8 @@ def correct(rows, device):
         data = root / "rows.jsonl"
         data.write_text("".join(json.dumps({"prompt": f"{a} {b} {i}", "response": f"{b} {a} {b}"}) + "\n"
                                 for i in range(2) for a in WORDS for b in WORDS[:8]))
+        for name, first in (("a.txt", 0), ("b.txt", 5)):
+            (root / name).write_text("\n\n".join(f"{a} {b} {c}" for a in WORDS for b in WORDS[first:] for c in WORDS[:5]))
         for kind in ("llama", "gpt2", "t5"):
             models = pair(root, kind)
             for script, extra in SCRIPTS.items():
@@ -63,9 +67,9 @@ def correct(rows, device):
                                   "bf16, compiled": dict(device=device, dtype="bfloat16", compile=True)}.items():
                     out = root / f"{kind}-{script}-{name}".replace(" ", "")
                     start = time.time()
-                    module.train(module.Config(**models, **extra, **how, data=str(data), max_prompt=24, max_response=8,
-                                               steps=20, batch_size=16, warmup=2, eval_every=20, eval_rows=8, log_every=1,
-                                               out=str(out)))
+                    texts = {"domains": f"one={root / 'a.txt'},two={root / 'b.txt'}"} if script == "ddk" else {"data": str(data)}
+                    module.train(module.Config(**{**models, **texts, **how, **extra}, steps=20, batch_size=16, warmup=2,
+                                               eval_every=20, log_every=1, out=str(out)))
                     log = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
                     losses[name] = [x["loss"] for x in log if "loss" in x]
                     rows.append({"work": "correct", "script": script, "model": kind, "how": name, "first": losses[name][0],
