@@ -127,6 +127,31 @@ def curves(records, names, title):
     return figure
 
 
+def overview(records, names, title):
+    """Mean over seeds on one ruler, against seconds: those of the quickest seed, since the machine was shared. Rows
+    from the KL-distilled start are dashed."""
+    figure, axes = panels(2, title, 3.9, between=1.1, right=1.1)
+    colors = [COLORS[i] for i in (4, 2, 0, 5, 3, 1, 1, 0)]
+    labels = "KL(p||q), nats a response", "right answers, sampled at T = 1"
+    for axis, key, label in zip(axes, ("kl_pq", "valid"), labels):
+        ends = []
+        for (row, name), color in zip(names.items(), colors):
+            runs = [r["curve"] for r in records if r["row"] == row]
+            dashed = row == "llmr" or any("--student tiny-kl" in r["command"] for r in records if r["row"] == row)
+            rate = min(c[-1]["seconds"] for c in runs) / runs[0][-1]["step"]
+            mean = [np.mean([c[i][key] for c in runs]) for i in range(len(runs[0]))]
+            seconds = [rate * x["step"] for x in runs[0]]
+            axis.plot(seconds, mean, "--" if dashed else "-", color=color, linewidth=2)
+            axis.plot(seconds[-1:], mean[-1:], "o", color=color, markersize=4)
+            ends.append(((seconds[-1], mean[-1]), name, color))
+        if key == "kl_pq":
+            log_scale(axis, sorted({*TICKS, *FINE}))
+        axis.set(title=label, xlabel="seconds of training on one CPU core, the quickest seed's")
+        for short in (True, False):  # the long runs end elsewhere
+            end_labels(axis, [e for e in ends if (e[0][0] < 30) == short])
+    return figure
+
+
 def pairs(records, names, lines, between, title):
     """A panel for each row, lines {label: (where it is logged, key, colour)}; margins are divided by beta."""
     figure, axes = panels(len(names), title, between=between, right=between, sharey=True)
@@ -457,7 +482,11 @@ def main(source=HERE / "results.jsonl", folder=HERE):
                                               "llmr-100": "100", "llmr-50": "50", "llmr-25": "25"},
               "from a weaker start": {"kl-mid": "+KL", "seqkd-mid": "+SeqKD", "llmr-mid": "LLMR, lr 3e-4",
                                       "llmr-mid-lr1e-3": "lr 1e-3"}}
+    everyone = {"sft-2x": "SFT", "seqkd-2x": "SeqKD", "kd": "KD", "kd-teacher": "KD, teacher text",
+                "reverse-kl": "reverse KL", "dpkd": "DPKD", "llmr": "LLMR", "kl-more": "KL"}
     figures = {
+        "overview.png": (everyone, lambda title: overview(records, everyone, title),
+                         "One ruler for all, mean of {}, each its own world (dashed: from the KL-distilled start)"),
         "kd_forward.png": (kd, lambda title: curves(records, kd, title),
                            "Same student, same 500 steps, {} (thin): what the teacher gives decides"),
         "llmr_frontier.png": ([row for rows in starts.values() for row in rows],
