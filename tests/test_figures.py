@@ -76,7 +76,7 @@ def test_draws_what_has_records_and_names_what_has_not(tmp_path, monkeypatch, ca
     assert sorted(f.name for f in tmp_path.glob("*.png")) == ["dpkd_margin.png", "dpkd_tabular.png"]
     assert (tmp_path / "dpkd_margin.png").stat().st_size > 10_000
     llmr = ", ".join(f"llmr_{x}.png (assets/excess.json)" for x in ("excess", "reward", "length"))
-    missing = ("kd_forward.png (sft, kd, seqkd, kd-teacher), llmr_frontier.png (kl-more, seqkd-more, llmr, llmr-100, llmr-50, "
+    missing = ("overview.png (sft-2x, seqkd-2x, kd, kd-teacher, reverse-kl, dpkd, llmr, kl-more), kd_forward.png (sft, kd, seqkd, kd-teacher), llmr_frontier.png (kl-more, seqkd-more, llmr, llmr-100, llmr-50, "
                "llmr-25, kl-mid, seqkd-mid, llmr-mid, llmr-mid-lr1e-3), llmr_training.png (llmr-fine, kl-more, seqkd-more), "
                f"{llmr}, dpkd_nll.png (frozen-b01-anchor), "
                "dpkd_length.png (sft, seqkd, reverse-kl, dpkd, dpkd-alone), ddk_gap.png (no-smoothing, ddk), "
