@@ -91,4 +91,5 @@ def test_a_signal_stops_all_and_one_process_goes_on(settings, tmp_path):
     step = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"]
     assert step >= 20
     again = subprocess.run([sys.executable, *command, "--resume"], capture_output=True, text=True, timeout=90)
+    assert again.returncode == 0, again.stderr
     assert f"at step {step}" in again.stdout and '"steps": 1000' in (tmp_path / "run/result.json").read_text(), again.stderr
