@@ -24,6 +24,9 @@ from assets.processes import join_processes, processes, total
 
 class BadInput(Exception):
     """The user can mend it: one sentence with what is wrong, where, and what to do. Exit status 2."""
+    def __init__(self, sentence):  # what it quotes may be anything: 10 MB of text, line breaks, terminal codes
+        line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", sentence)
+        super().__init__(line if len(line) < 600 else line[:350] + " ... " + line[-200:])
 
 
 class RunFailed(Exception):
@@ -62,6 +65,8 @@ def parse_args(config_class, argv=None):
 
 def main(train, config_class):
     """Run a script. Exit status: 0 done, 2 bad input, 1 failed while running, 130 and 143 on SIGINT and SIGTERM."""
+    for stream in (sys.stdout, sys.stderr):  # text that the terminal cannot show must not end a run
+        stream.reconfigure(errors="backslashreplace")
     try:
         train(parse_args(config_class))
         return 0
@@ -76,10 +81,20 @@ def main(train, config_class):
 
 def check_settings(cfg, **limits):
     """check_settings(cfg, alpha=(0, 1), kl_on=["samples", "references"]): out of range or unknown is bad input."""
+    for f in dataclasses.fields(cfg):
+        value, wanted = getattr(cfg, f.name), type(f.default)
+        fits = isinstance(value, (float, int) if wanted is float else wanted)
+        if not fits or isinstance(value, bool) != (wanted is bool):
+            raise BadInput(f"{f.name}: a {type(value).__name__}, {wanted.__name__} is wanted")
+        if wanted is str and re.search("[\0\ud800-\udfff]", value):
+            raise BadInput(f"{f.name} {ascii(value)}: holds a NUL or half a surrogate pair, which is no text")
+        if f.name in ("teacher", "student", "data", "out", "corpus") and any(len(x) > 200 for x in value.split("/")):
+            raise BadInput(f"{f.name} {value}: no name of a file or directory is that long")
     common = dict(steps=(0, 10**9), batch_size=(1, 10**9), accum=(1, cfg.batch_size), lr=(0, 1e3),
                   clip=(1e-9, math.inf), eval_every=(1, math.inf), log_every=(1, math.inf), save_every=(1, math.inf),
                   eval_rows=(1, math.inf), holdout=(0, 0.4), max_prompt=(1, 10**9), max_response=(1, 10**9),
-                  kl_on=["samples", "references"], dtype=["auto", "float32", "bfloat16"],
+                  warmup=(0, 10**9), weight_decay=(0, 1e3), seed=(0, 10**9), kl_on=["samples", "references"],
+                  dtype=["auto", "float32", "bfloat16"],
                   eval_temperature=(0.05, 100))  # at 0 there would be no entropy, and no bound to KL(p||q)
     common = {name: allowed for name, allowed in common.items() if hasattr(cfg, name)}
     for name, allowed in {**common, **limits}.items():
@@ -137,25 +152,28 @@ class Run:
         if self.dir.exists() and not self.dir.is_dir():
             raise BadInput(f"{self.dir} is a file: choose another --out")
         if not (self.dir / "settings.json").is_file():
-            if self.dir.exists() and any(self.dir.iterdir()):
+            if self.dir.exists() and any(f.suffix != ".tmp" for f in self.dir.iterdir()):  # .tmp: killed at its start
                 raise BadInput(f"{self.dir} is not empty and holds no settings.json of a run: choose another --out")
             if self.cfg.resume:
                 raise BadInput(f"--resume: there is no run in {self.dir}")
         elif not self.cfg.overwrite:
-            try:
-                there = json.loads((self.dir / "settings.json").read_text())
-            except ValueError:
-                raise BadInput(f"{self.dir}/settings.json is damaged: choose another --out, or --overwrite") from None
+            there = self._read("settings.json")
             other = [f"{k} was {there.get(k)}, is {self.settings.get(k)}" for k in {**there, **self.settings}
                      if there.get(k) != self.settings.get(k)]
             if other:
                 raise BadInput(f"{self.dir} has other settings ({'; '.join(other)}): choose a new --out or --overwrite")
             if (self.dir / "result.json").is_file():
-                self.finished = json.loads((self.dir / "result.json").read_text())
+                self.finished = self._read("result.json")
                 print("this run is finished (--overwrite runs it again); its result:\n---")
                 print("\n".join(f"{k}: {v}" for k, v in self.finished.items()))
             elif not self.cfg.resume:
                 raise BadInput(f"{self.dir} holds an unfinished run: --resume goes on with it, --overwrite starts anew")
+
+    def _read(self, name):
+        try:
+            return dict(json.loads((self.dir / name).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError):
+            raise BadInput(f"{self.dir / name} is damaged: choose another --out, or --overwrite") from None
 
     def start(self, first=0, **parts):
         """Create the directory, or load the last checkpoint into `parts` (model, optimizer). Returns the next step.
@@ -184,26 +202,38 @@ class Run:
         if self.cfg.overwrite and self.dir.exists():
             shutil.rmtree(self.dir)
         self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "settings.json").write_text(json.dumps(self.settings, indent=1))
+        write(self.dir / "settings.json", json.dumps(self.settings, indent=1))
         shutil.copy(self.script, self.dir / self.script.name)
-        kept = []
+        lines = []
         if self._load(saved, parts):
-            kept = [x for x in log.read_text().splitlines() if json.loads(x)["step"] < self.first]
+            lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
             print(f"resumed from {saved} at step {self.first}")
-        log.write_text("".join(x + "\n" for x in kept))
+        elif self.cfg.resume:
+            print("no checkpoint was saved yet: starting anew")
+        write(log, "".join(x + "\n" for x in lines if self._is_past(x)))
 
     def _load(self, saved, parts):
         if not (self.cfg.resume and saved.is_file()) or self.cfg.overwrite:
             return False
-        state = torch.load(saved, map_location="cpu", weights_only=True)
-        for key, part in parts.items():
-            part.load_state_dict(state["parts"][key])
-        if processes()[0] == 0:
-            torch.set_rng_state(state["rng"])
-            if self.device.type == "cuda" and state["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(state["cuda_rng"])
-        self.first, self.seconds = state["step"], state["seconds"]
+        try:
+            state = torch.load(saved, map_location="cpu", weights_only=True)
+            for key, part in parts.items():
+                part.load_state_dict(state["parts"][key])
+            if processes()[0] == 0:
+                torch.set_rng_state(state["rng"])
+                if self.device.type == "cuda" and state["cuda_rng"] is not None:
+                    torch.cuda.set_rng_state(state["cuda_rng"])
+            self.first, self.seconds = state["step"], state["seconds"]
+        except Exception as e:  # damaged or foreign: pickle, zip and torch raise many kinds
+            raise BadInput(f"{saved} cannot be loaded ({(str(e) or type(e).__name__).splitlines()[0][:160]}): "
+                           "put a good one there, or --overwrite starts anew") from None
         return True
+
+    def _is_past(self, line):
+        try:  # a kill may have cut the last line short
+            return json.loads(line)["step"] < self.first
+        except (ValueError, TypeError, KeyError):
+            return False
 
     def _on_signal(self, number, frame):
         if self.stop and processes()[1] == 1:  # asked twice: leave at once (torchrun does ask twice)
@@ -295,14 +325,20 @@ class Run:
         try:
             student.save_pretrained(self.dir / "student")
             tokenizer.save_pretrained(self.dir / "student")
-            (self.dir / "result.tmp").write_text(json.dumps(result, indent=1))
-            os.replace(self.dir / "result.tmp", self.dir / "result.json")
+            write(self.dir / "result.json", json.dumps(result, indent=1))
         except OSError as e:
             raise BadInput(f"cannot save the student to {self.dir} ({e.strerror}): make room, then --resume") from None
         if processes()[1] > 1:
             dist.barrier()
         print(f"saved {self.dir / 'student'}\n---\n" + "\n".join(f"{k}: {v}" for k, v in result.items()))
         return result
+
+
+def write(path, text):
+    """In one piece: a kill or a full disk leaves the old file or none, never half of the new one."""
+    part = path.with_suffix(".tmp")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def peak_rss():

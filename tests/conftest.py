@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
@@ -95,6 +96,12 @@ def small_run(config_class, pair, data, out, /, **settings):
                  batch_size=8, lr=1e-3, warmup=2, eval_every=2, eval_rows=4, log_every=1, save_every=2, holdout=0.1,
                  device="cpu", compile=False, out=str(out))
     return config_class(**{**{k: v for k, v in small.items() if k in config_class.__dataclass_fields__}, **settings})
+
+
+def flags(cfg):
+    """The command line that gives these settings."""
+    names = {k: k.replace("_", "-") for k in vars(cfg)}
+    return [f"--{'' if v else 'no-'}{names[k]}" if isinstance(v, bool) else f"--{names[k]}={v}" for k, v in vars(cfg).items()]
 
 
 @pytest.fixture(scope="session")

@@ -92,6 +92,13 @@ def test_token_logprobs_equal_log_softmax_with_gradient(pair, kind, monkeypatch)
     assert torch.allclose(got, wanted, atol=1e-5) and torch.allclose(grads[0], grads[1], atol=1e-5)
 
 
+def test_logits_exist_one_chunk_at_a_time():
+    """At Qwen's vocabulary 10,000 rows would take 6 GB for each model; a chunk takes 32 MB at most on a CPU."""
+    parts = common.chunks(10_000, 152_064, CPU)
+    assert [i for part in parts for i in range(10_000)[part]] == list(range(10_000))
+    assert all((part.stop - part.start) * 152_064 * 4 <= 2**25 for part in parts)
+
+
 def test_bf16_states_give_fp32_logits_and_fp32_head_gradients(pair):
     model, _ = load(pair, "llama")
     hidden, targets = torch.randn(9, 16).bfloat16().requires_grad_(), torch.arange(9)
@@ -145,6 +152,17 @@ def test_sampled_logprobs_are_those_of_the_model(pair, kind, static):
     wanted = common.token_logprobs(model, common.response_states(model)(batch), batch.targets)
     assert torch.allclose(torch.cat(logprobs), wanted, atol=1e-4)
     assert responses == common.sample(model, prompts, 10, seed=3, eos=tokenizer.eos_token_id, static=static)[0]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_sampled_responses_keep_their_first_eos_and_nothing_after_it(pair, static):
+    model, _ = load(pair, "gpt2")
+    prompts = [e.prompt for e in examples(12)]
+    never, _ = common.sample(model, prompts, 10, eos=model.vocab - 1, static=static)
+    eos = max(range(model.vocab), key=lambda t: sum(t in r for r in never))  # a token that comes up often
+    responses, logprobs = common.sample(model, prompts, 10, eos=eos, static=static)
+    assert any(len(r) < 10 for r in responses) and all(len(r) == len(lp) for r, lp in zip(responses, logprobs))
+    assert all(eos not in r[:-1] and (r[-1] == eos or len(r) == 10) for r in responses)
 
 
 def test_samples_follow_the_exact_distribution(pair):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import flags
 
 import common
 import kd_forward
@@ -123,6 +124,24 @@ def test_csv_saved_datasets_and_split_directories(config, tmp_path, rows_file):
     assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
 
 
+def test_a_prompt_that_comes_twice_is_in_one_split(config, tmp_path):
+    rows = [{"prompt": f"cat {i % 60}", "response": f"dog {i}"} for i in range(180)]
+    (tmp_path / "twice.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    parts = common.load_rows(config(data=str(tmp_path / "twice.jsonl"))).values()
+    assert sum(len({r["prompt"] for r in part}) for part in parts) == 60 and sum(map(len, parts)) == 180
+
+
+def test_responses_end_with_eos_unless_they_were_cut(config, tmp_path):
+    """The token EOS is put behind a response, never read out of its text; a cut response has none."""
+    texts = ["the cat", "the dog sat on the mat and then it ran under the tree", "a <|endoftext|> b"]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "response": texts[i % 3]}) + "\n" for i in range(90)))
+    cfg = config(data=str(tmp_path / "r.jsonl"), max_response=12)
+    student, _, tokenizer = common.load_pair(cfg, torch.device("cpu"))
+    for e in common.load_data(cfg, student, None, tokenizer).train:
+        whole = tokenizer(e.row["response"], split_special_tokens=True).input_ids
+        assert e.response == whole[:12] + [tokenizer.eos_token_id] * (len(whole) < 12) and tokenizer.eos_token_id not in whole
+
+
 def test_responses_empty_cut_or_absent(config, tmp_path, capsys):
     words = "the cat sat on the mat " * 9
     rows = [{"prompt": f"{i} cats", "response": ["ok then", "", words, None][i % 4]} for i in range(120)]
@@ -195,6 +214,33 @@ def test_a_full_disk_leaves_the_previous_checkpoint(config, monkeypatch):
     assert torch.load(f"{cfg.out}/checkpoint.pt", weights_only=True)["step"] == 2
 
 
+def test_a_checkpoint_is_replaced_in_one_piece(config, monkeypatch):
+    """By a rename, never by writing into the file that is there. tests/kill.py kills at every state of the directory."""
+    cfg, save, files = config(steps=4), common.Run.save, []
+
+    def watched(self, step, **parts):
+        save(self, step, **parts)
+        files.append((Path(cfg.out, "checkpoint.pt").stat().st_ino, Path(cfg.out, "checkpoint.tmp").exists()))
+    monkeypatch.setattr(common.Run, "save", watched)
+    kd_forward.train(cfg)
+    assert len(files) == 2 and files[0][0] != files[1][0] and not any(half for _, half in files)
+
+
+@pytest.mark.parametrize("name, content, match", [
+    ("checkpoint.pt", b"half", "checkpoint.pt cannot be loaded"), ("settings.json", b'{"script"', "settings.json is damaged"),
+    ("result.json", b"[1", "result.json is damaged"), ("log.jsonl", b'{"step": 0, "loss": 1.0}\n{"step": 1, "lo', None)])
+def test_a_damaged_run_is_told_and_half_a_line_of_the_log_is_dropped(config, monkeypatch, name, content, match):
+    cfg = config(steps=4)
+    kd_forward.train(cfg)
+    Path(cfg.out, "result.json").unlink()
+    Path(cfg.out, name).write_bytes(content)
+    cfg.resume = True
+    if match:
+        return refused(match, kd_forward.train, cfg)
+    kd_forward.train(cfg)
+    assert [json.loads(x)["step"] for x in open(f"{cfg.out}/log.jsonl")] == [0, 4]
+
+
 @pytest.mark.skipif(os.name == "nt" or not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_really_full_device(config, monkeypatch):
     cfg = config(steps=2)
@@ -228,8 +274,7 @@ def test_a_machine_without_a_compiler_goes_on_eagerly(monkeypatch, capsys):
 
 
 def script(cfg, *more):
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(cfg).items() if not isinstance(v, bool) and v != ""]
-    return [sys.executable, str(ROOT / "kd_forward.py"), *flags, *more]
+    return [sys.executable, str(ROOT / "kd_forward.py"), *flags(cfg), *more]
 
 
 def test_exit_status_and_one_line_on_stderr(config, tmp_path):

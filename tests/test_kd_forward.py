@@ -176,6 +176,25 @@ def test_resume_ends_bitwise_like_an_uninterrupted_run(config, kind, resumes_bit
     assert all(torch.equal(whole["student"][k], cut["student"][k]) for k in whole["student"])
 
 
+def test_gradients_do_not_outlive_their_step(config, monkeypatch):
+    def end_step(self, step, **parts):
+        assert all(p.grad is None or not p.grad.any() for p in parts["student"].parameters())
+    monkeypatch.setattr(common.Run, "end_step", end_step)
+    kd_forward.train(config(steps=2))
+
+
+def test_the_teacher_runs_once_for_each_remembered_response(config):
+    cfg = config(cache_gib=1.0)
+    _, teacher, _, _, batches = setup(cfg)
+    cached = common.teacher_states(teacher, batches, cfg)
+    real, calls, epoch = cached.states, [], math.ceil(len(batches.examples) / cfg.batch_size)
+    cached.states = lambda batch: calls.append(1) or real(batch)
+    first = [cached(batches.at(step)[0]) for step in range(epoch)]
+    assert len(calls) == epoch and torch.allclose(first[0], cached(batches.at(0)[0]), atol=1e-6)
+    [cached(batches.at(step)[0]) for step in range(epoch, 2 * epoch)]
+    assert len(calls) == epoch
+
+
 def test_the_teacher_cache_is_exact(config, tmp_path):
     plain = kd_forward.train(config("llama", steps=14, out=str(tmp_path / "a")))  # 8 of 64 rows a step: two epochs
     cached = kd_forward.train(config("llama", steps=14, cache_gib=1.0, out=str(tmp_path / "b")))

@@ -102,6 +102,24 @@ def test_eval_temperature_is_that_of_the_measured_distribution_not_of_the_teache
         assert hot(teacher)["kl_pq"] > 0.01
 
 
+def test_ce_is_a_mean_over_tokens(config):
+    cfg = config("llama", teacher="none", alpha=0.0)
+    student, _, tokenizer = common.load_pair(cfg, torch.device("cpu"))
+    data = common.load_data(cfg, student, None, tokenizer)
+    total, n = 0.0, 0
+    for e in data.test:
+        logq = student(torch.tensor([e.prompt + e.response])).logits[0, len(e.prompt) - 1:-1].log_softmax(-1)
+        total, n = total - logq[range(len(e.response)), e.response].sum().item(), n + len(e.response)
+    assert common.make_ruler(cfg, None, tokenizer, data.test)(student)["ce"] == pytest.approx(total / n, rel=1e-4)
+
+
+def test_dropout_plays_no_part_in_what_is_measured(config):
+    cfg = config("gpt2")
+    student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
+    ruler = common.make_ruler(cfg, teacher, tokenizer, common.load_data(cfg, student, teacher, tokenizer).test)
+    assert ruler(student) == ruler(student.train()) and student.training
+
+
 def test_kl_on_references_needs_no_sampling(config):
     cfg = config("gpt2", kl_on="references")
     student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))

@@ -1,0 +1,317 @@
+"""The bug museum: one-line bugs that real distillation code shipped. Each still imports and trains; a test catches each.
+
+    python tests/museum.py              plant every bug in turn in a copy: `caught N of N`
+    python tests/museum.py --show 7     exhibit 7 for students: the line and three questions, no answers
+    python tests/museum.py --only 7     plant and test it, with the answers
+
+An exhibit is caught if its mutant trains three steps with a finite loss, and its *named* test, which passes on the clean
+tree, fails on the mutant by an AssertionError. Mutants run in forked children of a process that has torch and
+transformers imported, which needs Linux or macOS. An exhibit that survives is a missing test.
+"""
+import argparse
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Bug:
+    file: str
+    old: str      # one line, or a piece of one, that occurs once in the file
+    new: str
+    test: str     # file::name without "tests/test_" and ".py::test_"
+    symptom: str
+    fine: str     # why the training curve looks fine
+    run: dict = field(default_factory=dict)  # settings with which the three steps meet the line
+
+
+KD, COMMON, LLMR, DPKD, PLUMBING = "kd_forward.py", "common.py", "llmr.py", "dpkd.py", "assets/plumbing.py"
+EQUATION, CHUNKED = "kd_forward::loss_equals_the_equation", "kd_forward::chunked_loss_and_gradient_equal_the_textbook"
+ROWS = "common::rows_predict_exactly_the_response_tokens_incl_eos"
+BUGS = [
+    # ------------------------------------------------------------------------------ the loss
+    Bug(KD, "kl = (logp.exp() * (logp - logq)).sum(-1) ", 'kl = F.kl_div(logp, logq, reduction="none", log_target=True).sum(-1) ', EQUATION,
+        "KL(q||p) is minimised instead of KL(p||q): the student drops wordings that the teacher uses.",
+        "Both divergences fall to zero together, and the swapped one often looks smaller."),
+    Bug(KD, "alpha * tau**2 * kl, ce", "alpha * kl, ce", "kd_forward::tau_squared_keeps_the_size_of_the_gradient",
+        "At tau = 4 the KL counts a sixteenth of what --alpha says, so that CE rules.",
+        "The loss is smaller and falls smoothly; Adam even hides the size where the KL stands alone.", dict(tau=2.0)),
+    Bug(KD, "logq = F.log_softmax(student_logits / tau, -1)", "logq = F.log_softmax(student_logits, -1)",
+        "kd_forward::kl_is_zero_with_zero_gradient_where_student_equals_teacher",
+        "The student is taught the softened teacher: at tau = 2 it stays too flat for ever.",
+        "The loss does reach its minimum, only that the minimum is at another distribution.", dict(tau=2.0)),
+    Bug(KD, "ce = F.cross_entropy(student_logits, targets", "ce = F.cross_entropy(student_logits / tau, targets", EQUATION,
+        "CE is that of a softened student, so that the undivided one becomes overconfident.",
+        "With tau = 1, the default, nothing changes at all.", dict(tau=2.0, alpha=0.5)),
+    Bug(KD, "kl = (logp.exp() * (logp - logq)).sum(-1) ", "kl = (logp.exp() * (logp - logq)).mean(-1) ", EQUATION,
+        "Dividing by the vocabulary makes the KD term 1000 times too small beside CE.",
+        "Alone under Adam it trains as before: the optimizer divides the factor out again.", dict(alpha=0.5)),
+    Bug(KD, "return (1 - alpha) * ce + alpha", "return alpha * ce + (1 - alpha)", EQUATION,
+        "--alpha 1 trains plain SFT, --alpha 0 trains KD.",
+        "CE falls and KL falls with it for a while, as each does when the other is trained.", dict(alpha=0.9)),
+    Bug(KD, "(sums[0] / n_tokens).backward()", "(sums[0] / len(batch.targets) / cfg.accum).backward()",
+        "kd_forward::accumulation_in_the_script_itself",
+        "A mean of means: tokens of the micro-batch with the short responses weigh several times more.",
+        "The logged loss is computed apart and right, and without accumulation there is no difference.", dict(accum=4)),
+    Bug(KD, "        optimizer.zero_grad(set_to_none=True)", "        pass", "kd_forward::gradients_do_not_outlive_their_step",
+        "Gradients of all past steps add up: a momentum without decay.",
+        "Clipping keeps the steps short, Adam divides the growth out, and at first the old gradients point the right way."),
+    # ------------------------------------------------------------------------------ rows, shift, masks
+    Bug(COMMON, "before = pad(both, fit(both)), torch.tensor([len(a) - 1 for a", "before = pad(both, fit(both)), torch.tensor([len(a) for a", CHUNKED,
+        "The shift is missing: each state is asked for the token that it has just read.",
+        "The loss falls even faster, since copying the input is easier than predicting."),
+    Bug(COMMON, "before = pad(both, fit(both)), torch.tensor([len(a) - 1 for a", "before = pad(both, fit(both)), torch.tensor([len(a) - 2 for a", ROWS,
+        "The shift is made twice: the model is trained to predict the next token but one.",
+        "Teacher and student are shifted alike, so that their KL falls as it should."),
+    Bug(COMMON, "pad([[model.config.decoder_start_token_id] + r[:-1] for r in responses]", "pad([list(r) for r in responses]", CHUNKED,
+        "T5's decoder reads the very token it is to predict.", "A copy is learned at once: the best curve of all."),
+    Bug(COMMON, "    responses = [e.response for e in examples]", "    responses = [[t for t in e.response if t != 0] or e.response for e in examples]", ROWS,
+        "EOS is taken for padding, for pad == eos: the student never learns to stop.",
+        "The loss per token is lower, because the least certain token is gone; only the generated text is endless."),
+    Bug(COMMON, "(response + [tokenizer.eos_token_id])[:cfg.max_response]", "(response + [])[:cfg.max_response]", "input::responses_end_with_eos_unless_they_were_cut",
+        "No end is in the data: generation runs to --max-response.", "Every token that is left is learned as well as before."),
+    Bug(COMMON, "(response + [tokenizer.eos_token_id])[:cfg.max_response]", "response[:cfg.max_response - 1] + [tokenizer.eos_token_id]",
+        "input::responses_end_with_eos_unless_they_were_cut",
+        "Cut responses get an end where they have none: the student learns to stop in the middle of a sentence.",
+        "EOS at a fixed length is easily predicted, so the loss falls."),
+    Bug(COMMON, "return start + content[-room:] + end", "return start + content[:room] + end", "common::long_prompts_lose_their_beginning_and_keep_the_template",
+        "Long prompts lose their end, where the question usually stands.", "Teacher and student read the same cut text and agree on it."),
+    Bug(COMMON, "content = ids(text, split_special_tokens=True)", "content = ids(text)", "common::user_text_never_becomes_a_control_token",
+        "A user who writes <|endoftext|> ends the document.", "No training text holds such a string, until one does."),
+    Bug(COMMON, 'tokenizer(row["response"] or "", add_special_tokens=False, split_special_tokens=True)', 'tokenizer(row["response"] or "", add_special_tokens=False)',
+        "input::responses_end_with_eos_unless_they_were_cut",
+        "A response that mentions <|endoftext|> has its end in the middle, and what follows is learned as its continuation.",
+        "One row in a million moves no curve."),
+    Bug(COMMON, "mask = (torch.arange(tokens.shape[1]) < torch.tensor([len(x) for x in prompts])[:, None]).long()", "mask = torch.ones_like(tokens)",
+        "common::padding_is_invisible", "T5 attends to padding: what it says depends on the other prompts of the batch.",
+        "Training and evaluation are wrong in the same way."),
+    Bug(COMMON, "splits[\"train\"] = [r for r, x in zip(everything, draw) if x >= len(lacking) * cut]", "splits[\"train\"] = everything",
+        "input::csv_saved_datasets_and_split_directories", "Test and validation rows are trained on.", "The validation curve is the best you ever had."),
+    Bug(COMMON, 'draw = [zlib.crc32(r["prompt"].encode()) % 1000 for r in everything]', 'draw = [zlib.crc32(str(i).encode()) % 1000 for i in range(len(everything))]',
+        "input::a_prompt_that_comes_twice_is_in_one_split", "A prompt with two answers is in training and in test: memory counts as generalisation.",
+        "Validation improves, and it is the leak that improves it."),
+    Bug(COMMON, "order = {e: np.random.default_rng((cfg.seed, e)).permutation(n)", "order = {e: np.random.default_rng(cfg.seed).permutation(n)",
+        "common::batches_are_a_function_of_the_step_and_cover_an_epoch", "Every epoch has the same order: the same examples always share a batch.",
+        "Shuffled once is nearly as good as shuffled often; nothing shows."),
+    Bug(COMMON, "order = {e: np.random.default_rng((cfg.seed, e)).permutation(n)", "order = {e: np.random.permutation(n)",
+        "common::batches_are_a_function_of_the_step_and_cover_an_epoch", "The order hangs on a global state: a resumed run sees other data, and some twice.",
+        "A resumed curve goes on smoothly from where it stopped."),
+    # ------------------------------------------------------------------------------ teacher and vocabulary
+    Bug(COMMON, "return layer.weight[:model.vocab], None if bias is None else bias[:model.vocab]", "return layer.weight, bias",
+        "common::heads_of_different_size_are_cut_and_renormalised", "Qwen2.5's padded heads (151,936 and 152,064) do not fit together: a crash, or mass on padding.",
+        "Pairs with heads of one size, the usual test, never notice."),
+    Bug(COMMON, "teacher.requires_grad_(False)", "teacher.requires_grad_(False).train()", "common::a_teacher_is_frozen_and_in_eval_mode",
+        "Dropout is on in the teacher: its distribution is blurred, and another one at each step.", "The student learns the blurred mean, and the loss falls towards it."),
+    Bug(COMMON, "teacher.requires_grad_(False)", "teacher.requires_grad_(True)", "common::a_teacher_is_frozen_and_in_eval_mode",
+        "A graph is built through the teacher: its activations are kept for a backward pass that never comes.", "Only memory tells: the numbers are the same."),
+    Bug(COMMON, "prompt if encode_t is encode else encode_t(row[\"prompt\"])", "prompt if encode_t is encode else encode(row[\"prompt\"])",
+        "kd_forward::a_teacher_with_its_own_template_scores_the_same_response_tokens", "The teacher reads the student's template, on which it was never trained.",
+        "KL to a confused teacher falls as well as KL to a good one.", dict(teacher_template="Sort: {prompt} =")),
+    Bug(COMMON, "load_model(paths[0], device, seed=cfg.seed)", "load_model(paths[0], device, torch.bfloat16, seed=cfg.seed)", "kd_forward::a_bf16_checkpoint_trains_in_fp32",
+        "Weights and AdamW in bf16: updates below 0.4 % of a weight are rounded away.", "Early steps are large enough; training just stops improving sooner."),
+    Bug(COMMON, "None if bias is None else bias.to(hidden.dtype)).float()", "None if bias is None else bias.to(hidden.dtype))",
+        "common::bf16_states_give_fp32_logits_and_fp32_head_gradients", "Softmax over bf16 logits: gradients are off by 5 % and more where student and teacher are close.",
+        "In fp32 runs nothing changes, and in bf16 the noise looks like noise."),
+    Bug(COMMON, "size = max(1, (2**30 if device.type == \"cuda\" else 2**25) // (4 * vocab))", "size = max(1, rows)", "common::logits_exist_one_chunk_at_a_time",
+        "Both models' logits of all rows exist at once: out of memory at V = 152,000.", "The numbers are the same, on a small vocabulary."),
+    Bug(COMMON, "loss = losses[0].sum()", "loss = losses[0].mean()", CHUNKED, "Rows of a short last chunk weigh more, and all weigh too little.",
+        "The logged sums are right; the gradient's size is hidden by clipping and Adam."),
+    Bug(COMMON, "*(None if g is None else g * grad[0].to(g.dtype) for g in ctx.saved_tensors)", "*ctx.saved_tensors", CHUNKED,
+        "The incoming gradient is ignored, so that the division by the tokens is lost.", "Clipping to norm 1 makes every step look normal."),
+    Bug(COMMON, "            self.known[batch.ids] = True", "            pass", "kd_forward::the_teacher_runs_once_for_each_remembered_response",
+        "The remembered states are never used: the teacher runs again every epoch.", "The curve is identical; only the bill is not.", dict(cache_gib=1.0)),
+    # ------------------------------------------------------------------------------ sampling and measuring
+    Bug(COMMON, "temperature=1.0, top_k=0, seed=0, eos=None", "temperature=1.0, top_k=50, seed=0, eos=None", "common::sampled_logprobs_are_those_of_the_model",
+        "A default of top_k = 50 makes \"on-policy\" samples off-policy.", "Samples look better than honest ones."),
+    Bug(COMMON, "    model.eval()\n", "    pass\n", "common::sampling_leaves_training_mode_and_global_random_state_alone",
+        "Sampling with dropout: from a distribution that is never scored, with random numbers that training misses.", "The text is a little worse, as text of a small model is."),
+    Bug(COMMON, "positions = (mask.cumsum(-1) - 1).clamp(min=0)", "positions = at.expand(B, P)", "common::greedy_sampling_equals_generate",
+        "Left-padded prompts start at position 5, say: GPT-2's absolute positions are wrong for all but the longest.", "Training is right-padded and right; one prompt alone, or Llama, samples well."),
+    Bug(COMMON, "n = t.index(eos) + 1 if eos in t", "n = max(1, t.index(eos)) if eos in t", "common::sampled_responses_keep_their_first_eos_and_nothing_after_it",
+        "EOS is stripped from the samples that one trains on, so that stopping is never rewarded.", "Texts look right, for a decoder skips EOS anyway.", {}),
+    Bug(COMMON, "    student.eval()  # no dropout in what is reported", "    pass", "ruler::dropout_plays_no_part_in_what_is_measured",
+        "Validation is measured with dropout on.", "The curve has the right shape, a bit too high."),
+    Bug(COMMON, "return (logp.exp() * (logp - logq)).sum(-1), (logq.exp() * (logq - logp)).sum(-1)", "return (logq.exp() * (logq - logp)).sum(-1), (logp.exp() * (logp - logq)).sum(-1)",
+        "ruler::kl_directions_on_two_tokens_by_hand", "The table calls reverse KL forward, and the paper that you refute was right.", "Both fall in most runs."),
+    Bug(COMMON, 'm["ce"] = nll / sum(len(e.response) for e in labelled)', 'm["ce"] = nll / len(labelled)', "ruler::ce_is_a_mean_over_tokens",
+        "Cross entropy a response is reported as cross entropy a token.", "It falls by the same share."),
+    # ------------------------------------------------------------------------------ the run
+    Bug(PLUMBING, 'os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")', 'shutil.copy(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")',
+        "input::a_checkpoint_is_replaced_in_one_piece", "A kill in the middle of the copy leaves half a checkpoint and no older one.", "It works every time that nobody pulls the plug."),
+    Bug(PLUMBING, 'torch.set_rng_state(state["rng"])', "pass", "kd_forward::resume_ends_bitwise_like_an_uninterrupted_run",
+        "A resumed run has other dropout masks: it cannot be repeated.", "One dropout mask is as good as another."),
+    Bug(PLUMBING, "for key, part in parts.items():", "for key, part in list(parts.items())[:1]:",
+        "kd_forward::resume_ends_bitwise_like_an_uninterrupted_run", "AdamW's moments start from zero after each resumption.", "A bump of a few steps, blamed on the data."),
+    # ------------------------------------------------------------------------------ llmr.py
+    Bug(LLMR, "reward = action_value - state_value[:, 1:].masked_fill", "reward = action_value - state_value[:, :-1].roll(-1, 1).masked_fill",
+        "llmr::the_last_position_does_not_wrap_around", "A roll by one puts the first state's value into the last place of a response that was cut.",
+        "Few responses are cut, and rewards have no known size."),
+    Bug(LLMR, "state_value[:, 1:].masked_fill(terminal, 0.0)", "state_value[:, 1:]", "llmr::the_last_position_does_not_wrap_around",
+        "The state after EOS has a value: stopping is punished by whatever comes after the end.", "`return` still rises, by longer responses."),
+    Bug(LLMR, "return reward.masked_fill(at >= lengths[:, None], 0.0)", "return reward", "llmr::what_lies_beyond_a_response_changes_nothing",
+        "Rewards of padding flow back into every token before it.", "They are nearly the same constant for all, which a policy gradient forgives for a while."),
+    Bug(LLMR, "return reward.flip(-1).cumsum(-1).flip(-1)", "return reward.cumsum(-1)", "llmr::loss_equals_the_equations",
+        "A token is credited with the past, on which it had no influence.", "The sum of rewards, which is what one plots, is the same."),
+    Bug(LLMR, "return weights.detach()", "return weights", "llmr::rho_is_one_on_policy_and_the_ratio_where_the_sampler_is_stale",
+        "The gradient of the importance ratio counts as well.", "On policy there is no ratio and nothing changes.", dict(sync=2)),
+    Bug(LLMR, "return -(weights * token_logprobs).sum()", "return (weights * token_logprobs).sum()", "llmr::policy_gradient_is_the_gradient_of_the_expected_return",
+        "The policy is pushed away from what is rewarded.", "The loss falls: that is what descending it does. Its value means nothing."),
+    Bug(LLMR, "return ((own.sum() - own) / (n.sum() - n).clamp(min=1)).expand_as(returns)", "return (own.sum() / n.sum()).expand_as(returns)",
+        "llmr::policy_gradient_is_the_gradient_of_the_expected_return", "A baseline that contains the response's own return is biased.", "With a batch of 64 the bias is a 64th.", dict(baseline="mean")),
+    Bug(LLMR, "return inside, len(ended)", "return inside, inside.sum()", "llmr::v_a_constant_added_to_the_logits_of_a_state_changes_no_expected_gradient",
+        "Dividing by a number of sampled tokens makes the gradient depend on an arbitrary constant in the teacher's logits.", "Every language-model loss is a mean over tokens, so this one looks right too."),
+    Bug(LLMR, "on_policy = cfg.sync == 1 and cfg.top_k == 0", "on_policy = cfg.sync == 1", "llmr::the_loop_weights_by_the_samplers_own_logprobs_and_draws_by_seed_and_step",
+        "Truncated samples are treated as if they were the policy's own.", "Truncation lowers the variance: the curve is smoother.", dict(top_k=5)),
+    Bug(LLMR, "else copy.deepcopy(student).requires_grad_(False)", "else student", "llmr::the_loop_weights_by_the_samplers_own_logprobs_and_draws_by_seed_and_step",
+        "The stale copy is no copy: --sync 50 changes nothing that was to be studied.", "It trains better than it should.", dict(sync=4)),
+    Bug(LLMR, "seed=10**9 * cfg.seed + step", "seed=10**9 * cfg.seed", "llmr::the_loop_weights_by_the_samplers_own_logprobs_and_draws_by_seed_and_step",
+        "The same noise at every step: few different samples are ever seen.", "The same samples can be learned by heart."),
+    Bug(LLMR, "    student.eval()  # no dropout", "    student.train()  # no dropout", "llmr::the_loop_weights_by_the_samplers_own_logprobs_and_draws_by_seed_and_step",
+        "What is improved, with dropout, is not what was sampled, without.", "Dropout looks like ordinary noise of a policy gradient."),
+    # ------------------------------------------------------------------------------ dpkd.py
+    Bug(DPKD, "margin = beta * (rho_t - rho_s)", "margin = beta * (rho_s - rho_t)", "dpkd::preference_loss_equals_the_equation_in_loops",
+        "The student is to prefer its own text to the teacher's.", "The loss falls and the margin rises, as always when one descends it."),
+    Bug(DPKD, "rho_t, rho_s = logq_t - logp_t, logq_s - logp_s", "rho_t, rho_s = logq_t, logq_s", "dpkd::2_a_student_equal_to_the_teacher_has_nothing_to_learn",
+        "Without the teacher's log-probs the own text is unlearned without end.", "The margin of the training pairs rises faster than before."),
+    Bug(DPKD, "return -F.logsigmoid(margin), margin", "return -torch.log(torch.sigmoid(margin)), margin", "dpkd::7_equals_dpo_with_the_teacher_as_reference",
+        "Infinite for margins below -104, which long responses do reach.", "All is well until a pair is bad enough."),
+    Bug(DPKD, "return token_logprobs.new_zeros(len(batch.lengths)).index_add(0, batch.owner, token_logprobs)",
+        "return token_logprobs.new_zeros(len(batch.lengths)).index_add(0, batch.owner, token_logprobs) / batch.lengths",
+        "dpkd::7_prompts_and_pads_do_not_count_and_eos_does", "A mean over tokens in place of log q(y|x): length normalisation that nobody asked for.", "Margins are smaller and calmer."),
+    Bug(DPKD, "new_epoch = step * cfg.batch_size // N != (step - 1) * cfg.batch_size // N", "new_epoch = False", "dpkd::resume_ends_bitwise_like_an_uninterrupted_run",
+        "The negatives are those of step 0 for ever: at a small beta the student runs beyond the teacher and collapses.", "The margin of the stale pairs rises all the time.", dict(negatives="epoch")),
+    Bug(DPKD, 'logp_s = logprobs(teacher, drawn, "teacher").tolist()', 'logp_s = logprobs(teacher, drawn, "student").tolist()',
+        "dpkd::every_negative_is_the_students_own_and_scored_by_the_teacher", "The teacher scores y_s under the student's template and y_t under its own.",
+        "With one template for both it is the same thing.", dict(teacher_template="Sort: {prompt} =")),
+    Bug(DPKD, "values = [losses.sum() / n_pairs", "values = [losses.mean()", "dpkd::accumulation_gives_one_result",
+        "With --accum 8 the preference counts eight times.", "Without accumulation it is the same number.", dict(accum=4)),
+]
+
+
+def show(number):
+    b = BUGS[number - 1]
+    print(f"Exhibit {number}: {b.file}\n\n- {b.old.strip()}\n+ {b.new.strip()}\n\n"
+          "1. What will be seen, and where? Predict it before you plant it.\n2. Which test fails? Find it by its name first.\n"
+          "3. Why does the training curve look fine?")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+def child(job):
+    """Fork; job() -> a string, through a file. A child that dies or takes two minutes has a string, too."""
+    with tempfile.NamedTemporaryFile("r+") as told:
+        pid = os.fork()
+        if not pid:
+            signal.alarm(120)
+            quiet = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(quiet, 1), os.dup2(quiet, 2)
+            try:
+                said = job()
+            except BaseException as e:
+                said = f"{type(e).__name__}: {str(e).strip().splitlines()[:1]}"
+            Path(told.name).write_text(said)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return Path(told.name).read_text() or f"the child ended with {status}"
+
+
+def enter(tree):
+    os.chdir(tree)
+    os.environ["XDG_CACHE_HOME"] = f"{tree}/cache"
+    sys.path[:] = [str(tree / "tests"), str(tree)] + [p for p in sys.path if Path(p or ".").resolve() not in (HERE, HERE.parent)]
+
+
+def trains(tree, bug):
+    """The mutant imports and trains three steps."""
+    def job():
+        enter(tree)
+        conftest = importlib.import_module("conftest")
+        script = Path(bug.file).stem if bug.file in (KD, LLMR, DPKD) else "kd_forward"
+        module = importlib.import_module(script)
+        data = conftest.make_rows(tree / "rows.jsonl")
+        cfg = conftest.small_run(module.Config, conftest.make_pair("gpt2", tree / "models"), data, tree / "run",
+                                 **{"steps": 3, "save_every": 2, "eval_every": 9, "eval_rows": 2, "max_response": 8, **bug.run})
+        module.train(cfg)
+        losses = [r["loss"] for r in map(json.loads, open(tree / "run/log.jsonl")) if "loss" in r]
+        return "ok" if len(losses) == 3 and all(map(math.isfinite, losses)) else f"losses {losses}"
+    return child(job)
+
+
+def outcomes(tree, names):
+    """Run tests -> {name: "passed" or the type of the exception}."""
+    def job():
+        enter(tree)
+        import pytest
+
+        class Watch:
+            found = {}
+
+            @pytest.hookimpl(wrapper=True)
+            def pytest_runtest_makereport(self, item, call):
+                report = yield
+                if report.when == "call" or call.excinfo:
+                    name = item.nodeid.split("[")[0].removeprefix("tests/test_").replace(".py::test_", "::")
+                    if self.found.get(name, "passed") == "passed":
+                        self.found[name] = call.excinfo.typename if call.excinfo else "passed"
+                return report
+        nodes = sorted({"tests/test_" + n.replace("::", ".py::test_") for n in names})
+        pytest.main(["-q", "-p", "no:cacheprovider", *(["-x"] if len(nodes) == 1 else []), *nodes], plugins=[Watch()])
+        return json.dumps(Watch.found)
+    said = child(job)
+    return json.loads(said) if said.startswith("{") else {"": said}
+
+
+def plant(tree, bug):
+    shutil.copytree(HERE.parent, tree, ignore=shutil.ignore_patterns(".*", "out", "*.png", "__pycache__", "*.jsonl"))
+    if bug:
+        text = (tree / bug.file).read_text()
+        assert text.count(bug.old) == 1, f"{bug.file} holds {text.count(bug.old)} times: {bug.old}"
+        (tree / bug.file).write_text(text.replace(bug.old, bug.new))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--show", type=int)
+    parser.add_argument("--only", type=int)
+    args = parser.parse_args()
+    if args.show:
+        return show(args.show)
+    import numpy  # noqa: F401  # imported here, once, and inherited by every child
+    import pytest  # noqa: F401
+    import torch
+    import transformers
+    torch.set_num_threads(1)
+    [getattr(transformers, n) for n in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoTokenizer", "GPT2LMHeadModel", "LlamaForCausalLM",
+                                        "T5ForConditionalGeneration", "Qwen2ForCausalLM", "OPTForCausalLM", "PreTrainedTokenizerFast", "StaticCache")]
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    begin, caught, chosen = time.time(), 0, [(i, b) for i, b in enumerate(BUGS, 1) if args.only in (None, i)]
+    with tempfile.TemporaryDirectory() as root:
+        root = Path(root).resolve()
+        plant(root / "clean", None)
+        clean = outcomes(root / "clean", [b.test for _, b in chosen])
+        for i, b in chosen:
+            tree = root / f"bug{i}"
+            plant(tree, b)
+            first, end = trains(tree, b), outcomes(tree, [b.test]).get(b.test)
+            shutil.rmtree(tree)
+            good = clean.get(b.test) == "passed" and first == "ok" and end == "AssertionError"
+            caught += good
+            print(f"{i:3d} {'caught' if good else 'MISSED'}  {b.file:<18} {b.test}" +
+                  ("" if good else f"  (clean: {clean.get(b.test, clean)}; three steps: {first}; test: {end})"), flush=True)
+    if args.only:
+        print(f"- {b.old.strip()}\n+ {b.new.strip()}\n{b.symptom}\nWhy the curve looks fine: {b.fine}")
+    print(f"{time.time() - begin:.0f} s\ncaught {caught} of {len(chosen)}")
+    return caught < len(chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
