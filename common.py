@@ -47,6 +47,9 @@ transformers.logging.disable_progress_bar()
 # ---------------------------------------------------------------------------------------------------------------
 # Models and tokenizers
 # ---------------------------------------------------------------------------------------------------------------
+SAFE = {"trust_remote_code": False}  # without it transformers would ask on the terminal whether to run foreign code
+
+
 def load_model(path, device, dtype=torch.float32, what="student", seed=0, device_map=""):
     """A Hugging Face causal or encoder-decoder model in eval mode, on `device`, with `dtype` weights.
 
@@ -54,14 +57,15 @@ def load_model(path, device, dtype=torch.float32, what="student", seed=0, device
     `device_map` is handed to transformers, for a teacher that needs several devices (wants accelerate).
     """
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, **SAFE)
     except (OSError, ValueError, KeyError) as e:
         raise BadInput(f"--{what} {path}: no model can be loaded from there ({first_line(e)})") from None
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     weights = not Path(path).is_dir() or any(f.suffix in (".safetensors", ".bin") for f in Path(path).iterdir())
     if weights:
         try:
-            model = auto.from_pretrained(path, dtype=dtype, **({"device_map": device_map} if device_map else {}))
+            model = auto.from_pretrained(path, dtype=dtype, weights_only=True, **SAFE,
+                                         **({"device_map": device_map} if device_map else {}))
         except Exception as e:  # damaged or foreign weights: transformers and safetensors raise many kinds
             raise BadInput(f"--{what} {path}: the weights cannot be loaded ({first_line(e)})") from None
     elif what == "student":
@@ -96,7 +100,7 @@ def load_tokenizer(path, what):
     try:  # transformers would make an empty tokenizer up from config.json alone
         if not any(re.match(r"tokenizer|vocab|spiece|sentencepiece", f) for f in files):
             raise OSError("no tokenizer.json or other vocabulary file")
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **SAFE)
     except Exception as e:  # transformers raises a dozen kinds here
         raise BadInput(f"--{what} {path}: no tokenizer there ({first_line(e)}); save one beside the model") from None
     if tokenizer.eos_token_id is None:

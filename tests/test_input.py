@@ -1,7 +1,9 @@
 """Bad input: one sentence with what, where and what to do, exit status 2, and nothing overwritten."""
 import json
 import os
+import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,7 +160,6 @@ def test_responses_empty_cut_or_absent(config, tmp_path, capsys):
 
 
 def test_models_without_tokenizer_weights_or_common_vocabulary(config, pair, tmp_path):
-    import shutil
     shutil.copytree(pair("gpt2")[1], tmp_path / "bare")
     for f in (tmp_path / "bare").glob("token*"):
         f.unlink()
@@ -171,8 +172,41 @@ def test_models_without_tokenizer_weights_or_common_vocabulary(config, pair, tmp
     refused("different tokenizers", kd_forward.train, config(teacher=str(pair("t5")[0])))
 
 
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_pickle_in_a_models_place_is_not_run(config, pair, tmp_path, zipped):
+    """transformers loads an honest pytorch_model.bin as plain tensors (weights_only); one with code in it is refused."""
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+    model = shutil.copytree(pair("gpt2")[1], tmp_path / "model")
+    state = common.load_model(model, torch.device("cpu")).state_dict()
+    (model / "model.safetensors").unlink()
+    torch.save(state, model / "pytorch_model.bin")
+    assert torch.equal(common.load_model(model, torch.device("cpu")).state_dict()["lm_head.weight"], state["lm_head.weight"])
+    if zipped:
+        torch.save({"lm_head.weight": Evil()}, model / "pytorch_model.bin")
+    else:
+        (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(), protocol=2))
+    refused("weights cannot be loaded", kd_forward.train, config(student=str(model)))
+    cfg = config(steps=2, out=str(tmp_path / "run"))
+    kd_forward.train(cfg)
+    Path(cfg.out, "result.json").unlink()
+    shutil.copy(model / "pytorch_model.bin", Path(cfg.out, "checkpoint.pt"))
+    refused("checkpoint.pt cannot be loaded", kd_forward.train, config(steps=2, out=cfg.out, resume=True))
+    assert not (tmp_path / "owned").exists() and [f.name for f in Path(cfg.out, "student").glob("*.bin")] == []
+
+
+def test_a_models_own_code_is_neither_run_nor_asked_about(config, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked on the terminal"))
+    model = shutil.copytree(pair("gpt2")[1], tmp_path / "model")
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\nfrom transformers import GPT2Config as C, GPT2LMHeadModel as M")
+    text = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**text, "model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}))
+    refused("no model can be loaded", kd_forward.train, config(student=str(model)))
+    assert not (tmp_path / "owned").exists()
+
+
 def test_a_config_without_weights_starts_the_student_at_random(config, pair, tmp_path, capsys):
-    import shutil
     shutil.copytree(pair("gpt2")[1], tmp_path / "scratch")
     (tmp_path / "scratch/model.safetensors").unlink()
     results = [kd_forward.train(config(student=str(tmp_path / "scratch"), steps=2, out=str(tmp_path / f"o{i}"))) for i in range(2)]

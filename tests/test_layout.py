@@ -77,3 +77,5 @@ def test_nothing_unsafe():
         text = path.read_text()
         assert "trust_remote_code=True" not in text and not re.search(r"(?<![.\w])(eval|exec)\(", text), path
         assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^\n]*", text)), path
+        assert not re.search(r"\b(pickle|subprocess|os\.system|popen|shell=|marshal|numpy\.load|np\.load)\b", text), path
+        assert all("**SAFE" in x for x in re.findall(r"Auto\w*\.from_pretrained\([^\n]*|auto\.from_pretrained\([^\n]*", text)), path

@@ -1,0 +1,8 @@
+"""A quick part of tests/fuzz.py: 200 hostile inputs, each ends in success or in one sentence."""
+import fuzz
+
+
+def test_hostile_input_ends_in_success_or_one_sentence(tmp_path):
+    counts, failures = fuzz.attack(200, "quick", tmp_path)
+    assert not failures, "\n".join(failures)
+    assert len(counts) == len(fuzz.KINDS) and min(map(sum, counts.values())) >= 5
