@@ -166,10 +166,11 @@ def fixed_shares(text, names):
     try:
         if text.endswith(".json"):
             with open(text) as f:
-                found = {k.removeprefix("after.share_"): v for k, v in json.load(f).items() if "after.share_" in k}
+                found = json.load(f).items()
+            found = {k.removeprefix("after.share_"): float(v) for k, v in found if "after.share_" in k}
         else:
             found = {k: float(v) for k, v in common.domains.parse(text, "--shares").items()}
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
         raise common.BadInput(f"--shares {text}: name=share,name=share or a result.json is wanted ({e})") from None
     if sorted(found) != sorted(names) or min(found.values()) < 0 or not 0.99 <= sum(found.values()) <= 1.01:
         raise common.BadInput(f"--shares {text}: one share of at least 0 for each of {', '.join(names)} is wanted, "

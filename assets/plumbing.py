@@ -224,6 +224,8 @@ class Run:
                 if self.device.type == "cuda" and state["cuda_rng"] is not None:
                     torch.cuda.set_rng_state(state["cuda_rng"])
             self.first, self.seconds = state["step"], state["seconds"]
+        except BadInput:
+            raise
         except Exception as e:  # damaged or foreign: pickle, zip and torch raise many kinds
             raise BadInput(f"{saved} cannot be loaded ({(str(e) or type(e).__name__).splitlines()[0][:160]}): "
                            "put a good one there, or --overwrite starts anew") from None
@@ -232,7 +234,7 @@ class Run:
     def _is_past(self, line):
         try:  # a kill may have cut the last line short
             return json.loads(line)["step"] < self.first
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             return False
 
     def _on_signal(self, number, frame):

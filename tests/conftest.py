@@ -90,11 +90,28 @@ def make_rows(path):
     return path
 
 
+def make_corpus(path):
+    """Three domains with a vocabulary each, of which the first is the largest."""
+    path.mkdir(parents=True)
+    for i, (name, n) in enumerate((("big", 400), ("mid", 150), ("small", 80))):
+        rng = random.Random(i)
+        texts = [" ".join(rng.choices(WORDS[6 * i:6 * i + 8], k=rng.randint(5, 30))) for _ in range(n)]
+        (path / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return path
+
+
+def data_for(config_class, root):
+    """What the script reads: rows of prompts and responses, or domains. Made in `root` where it is missing."""
+    rows = "prompt_field" in config_class.__dataclass_fields__
+    path = root / ("rows.jsonl" if rows else "corpus")
+    return path if path.exists() else (make_rows if rows else make_corpus)(path)
+
+
 def small_run(config_class, pair, data, out, /, **settings):
-    """Settings of any script for a run of a second; the tools kill.py, soak.py and museum.py use it too."""
+    """Settings of any script for a run of a second; the tools kill.py, fuzz.py and museum.py use it too."""
     small = dict(teacher=str(pair[0]), student=str(pair[1]), data=str(data), max_prompt=24, max_response=24, steps=4,
                  batch_size=8, lr=1e-3, warmup=2, eval_every=2, eval_rows=4, log_every=1, save_every=2, holdout=0.1,
-                 device="cpu", compile=False, out=str(out))
+                 max_tokens=16, interval=2, gap_rows=4, device="cpu", compile=False, out=str(out))
     return config_class(**{**{k: v for k, v in small.items() if k in config_class.__dataclass_fields__}, **settings})
 
 
@@ -161,7 +178,7 @@ def outcome(out):
     files = {f.name: f.read_bytes() for f in sorted(Path(out, "student").iterdir())}
     log = [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in open(f"{out}/log.jsonl")]
     result = json.loads(Path(out, "result.json").read_text())
-    return files, log, {k: v for k, v in result.items() if k not in ("seconds", "peak_gib")}
+    return files, log, {k: v for k, v in result.items() if not k.endswith("seconds") and k != "peak_gib"}
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import make_pair, make_rows, small_run
+from conftest import data_for, make_pair, small_run
 from test_layout import METHODS
 
 import common
@@ -159,9 +159,37 @@ def corpus(rng, place):
     assert examples and all(e.response for e in examples)
 
 
+def domains(rng, place):
+    """A corpus of domains, one of them spoiled, or hostile --domains."""
+    for name in rng.sample(["a.txt", "b.jsonl", "c/x.txt", "d.py", "..e", "f f.txt", "g=h.txt"], rng.randint(2, 3)):
+        lines = [" ".join(rng.choices("the cat sat on a mat".split(), k=20)) for _ in range(60)]
+        lines = [json.dumps({"text": x}) for x in lines] if name == "b.jsonl" else lines
+        for _ in range(rng.choice([0, 0, 1, 5])):
+            lines.insert(rng.randrange(60), rng.choice([json.dumps({"text": text(rng)}), line(rng), text(rng)]))
+        data = "\n\n".join(lines).encode("utf-8", "surrogatepass")
+        place.file("corpus/" + name, spoil(data, rng) if rng.random() < 0.2 else data)
+    if rng.random() < 0.1:
+        (place.dir / "corpus").mkdir(exist_ok=True)
+        (place.dir / "corpus" / "loop").symlink_to(place.dir / "corpus" / rng.choice(["loop", "nowhere", "."]))
+    given = "" if rng.random() < 0.7 else rng.choice([text(rng), "a", "a=", "=b", "a=b,a=c", f"a={place.dir}", "a=/dev/null", f"a={place.dir}/**/*", "a=" + "x" * 5000, "../x=y", "x=[", "a=\0"])
+    cfg = place.config("ddk", data=str(place.dir / "corpus"), domains=given, holdout=rng.choice([0.0, 0.1, 0.4]), domain_tokens=rng.choice([0, 0, 5]))
+    common.check_settings(cfg)
+    with place.quiet():
+        common.load_domains(cfg, place.student, None, place.tokenizer, world="world3")
+
+
+def shares(rng, place):
+    ddk = importlib.import_module("ddk")
+    given = rng.choice([text(rng), "a=.5,b=.5", "a=nan,b=1", "a=inf,b=0", "a=2,b=-1", "a=1", "a=.5,b=.5,b=.5", "\0.json", "x" * 5000 + ".json",
+                        str(place.file("s.json", spoil(b'{"after.share_a": 0.5, "after.share_b": 0.5}', rng))),
+                        str(place.file("t.json", rng.choice([b"[]", b"3", b'{"after.share_a": "x", "after.share_b": []}', b"{}", b"[" * 10**5])))])
+    assert abs(ddk.fixed_shares(given, ["a", "b"]).sum() - 1) < 1e-9
+
+
 def templates(rng, place):
     parts = [text(rng), "{prompt}", text(rng)] if rng.random() < 0.7 else [text(rng)]
     cfg = place.config("kd_forward", template="".join(parts), max_prompt=rng.choice([1, 2, 40]), max_response=20)
+    common.check_settings(cfg)
     encode = common.prompt_encoder(place.tokenizer, cfg.template, place.student, cfg.max_prompt)
     for _ in range(3):
         ids = encode(text(rng).encode("utf-8", "replace").decode())
@@ -218,7 +246,7 @@ def bad_outputs(rng, place):
     assert file.read_bytes() == b"mine"
 
 
-KINDS = {settings: 8, data_file: 8, typed_settings: 2, long_lines: 1, places: 3, corpus: 3, templates: 3, models: 2, run_directories: 2, full_disks: 1, bad_outputs: 1}
+KINDS = {settings: 8, data_file: 8, typed_settings: 3, **({domains: 3, shares: 1} if "ddk" in METHODS else {}), long_lines: 1, places: 3, corpus: 3, templates: 3, models: 2, run_directories: 2, full_disks: 1, bad_outputs: 1}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -226,7 +254,7 @@ class Place:
     """A directory for one input, and what every input needs."""
     def __init__(self, root):
         self.root, self.count = root, 0
-        self.pair, self.rows = make_pair("gpt2", root / "models"), make_rows(root / "rows.jsonl")
+        self.pair = make_pair("gpt2", root / "models")
         self.student = common.load_model(self.pair[1], common.torch.device("cpu"))
         self.tokenizer = common.load_tokenizer(self.pair[1], "student")
         self.unfinished_cfg = self.config("kd_forward", steps=2, save_every=1, eval_every=9, eval_rows=2, out=str(root / "unfinished"))
@@ -243,7 +271,7 @@ class Place:
 
     def config(self, script, **settings):
         config = importlib.import_module(script).Config
-        return small_run(config, self.pair, self.rows, getattr(self, "dir", self.root) / "out", **settings)
+        return small_run(config, self.pair, data_for(config, self.root), getattr(self, "dir", self.root) / "out", **settings)
 
     def file(self, name, data):
         (self.dir / name).parent.mkdir(parents=True, exist_ok=True)

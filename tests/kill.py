@@ -26,7 +26,7 @@ import time
 import traceback
 from pathlib import Path
 
-from conftest import ROOT, flags, make_pair, make_rows, outcome, small_run
+from conftest import ROOT, data_for, flags, make_pair, outcome, small_run
 from test_layout import METHODS
 
 import common
@@ -34,7 +34,7 @@ import common
 WATCHED = "plumbing.py", "shutil.py", "pathlib.py", "serialization.py", "modeling_utils.py"  # whose lines are looked at
 PHASES = ("training", "evaluating", "saving")
 SETTINGS = dict(steps=10, save_every=2, eval_every=3, max_response=8)
-EXTRA = {"llmr": dict(sync=4), "dpkd": dict(negatives="epoch", batch_size=16)}  # state that is old at a checkpoint
+EXTRA = {"llmr": dict(sync=4), "ddk": dict(interval=4), "dpkd": dict(negatives="epoch", batch_size=16)}  # state that is old at a checkpoint
 
 
 def start(script, cfg, log, prepare=lambda: None):
@@ -66,7 +66,7 @@ def finish(pid):
 # ---------------------------------------------------------------------------------------------------------------
 # 1. Random moments: the child says through a pipe when a phase begins
 # ---------------------------------------------------------------------------------------------------------------
-def announcer(pipe):
+def announcer(script, pipe):
     """Wrap what the phases are made of, so that each writes its letter when it begins and "." when it ends."""
     def wrap(owner, name, letter):
         real = getattr(owner, name)
@@ -87,6 +87,8 @@ def announcer(pipe):
             wrap(holder, "ruler", b"e")
             return holder.ruler
         common.make_ruler = make
+        if hasattr(module := importlib.import_module(script), "domain_ce"):  # measures in its own way
+            wrap(module, "domain_ce", b"e")
         wrap(common.Run, "save", b"s")
         wrap(common.Run, "finish", b"s")
         wrap(common.Run, "log", b"t")  # with log_every 1 once a step: what follows it is the next step
@@ -96,7 +98,7 @@ def announcer(pipe):
 def killed_at(script, cfg, log, phase, which, delay):
     """Kill the child `delay` seconds after the `which`-th beginning of the phase. -> False if it ended before."""
     read, write = os.pipe()
-    pid = start(script, cfg, log, announcer(write))
+    pid = start(script, cfg, log, announcer(script, write))
     os.close(write)
     seen = 0
     while seen <= which:
@@ -115,7 +117,7 @@ def killed_at(script, cfg, log, phase, which, delay):
 def durations(script, cfg, log):
     """The uninterrupted run, timed: how often each phase begins and how long it lasts in the mean."""
     read, write = os.pipe()
-    pid = start(script, cfg, log, announcer(write))
+    pid = start(script, cfg, log, announcer(script, write))
     os.close(write)
     began, spent, count = {}, collections.Counter(), collections.Counter()
     now, stack = time.time(), []
@@ -260,11 +262,13 @@ def main():
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
         os.environ["XDG_CACHE_HOME"] = str(root / "cache")
-        pair, data = make_pair("gpt2", root / "models"), make_rows(root / "rows.jsonl")  # GPT-2 has dropout
+        pair = make_pair("gpt2", root / "models")  # GPT-2 has dropout
 
         def make(script, name, **settings):
             config = importlib.import_module(script).Config
-            return small_run(config, pair, data, root / script / name, **{**SETTINGS, **EXTRA.get(script, {}), **settings})
+            known = {k: v for k, v in SETTINGS.items() if k in config.__dataclass_fields__}
+            return small_run(config, pair, data_for(config, root), root / script / name,
+                             **{**known, **EXTRA.get(script, {}), **settings})
         make.root = root
         for script in args.scripts:
             bad += kills(script, make, args.kills, random.Random(f"{script} {args.seed}"))

@@ -35,7 +35,7 @@ class Bug:
     run: dict = field(default_factory=dict)  # settings with which the three steps meet the line
 
 
-KD, COMMON, LLMR, DPKD, PLUMBING = "kd_forward.py", "common.py", "llmr.py", "dpkd.py", "assets/plumbing.py"
+KD, COMMON, LLMR, DPKD, DDK, PLUMBING = "kd_forward.py", "common.py", "llmr.py", "dpkd.py", "ddk.py", "assets/plumbing.py"
 EQUATION, CHUNKED = "kd_forward::loss_equals_the_equation", "kd_forward::chunked_loss_and_gradient_equal_the_textbook"
 ROWS = "common::rows_predict_exactly_the_response_tokens_incl_eos"
 BUGS = [
@@ -197,6 +197,26 @@ BUGS = [
         "With one template for both it is the same thing.", dict(teacher_template="Sort: {prompt} =")),
     Bug(DPKD, "values = [losses.sum() / n_pairs", "values = [losses.mean()", "dpkd::accumulation_gives_one_result",
         "With --accum 8 the preference counts eight times.", "Without accumulation it is the same number.", dict(accum=4)),
+    # ------------------------------------------------------------------------------ ddk.py
+    Bug(DDK, "return (student_ce - teacher_ce).exp()", "return (teacher_ce - student_ce).exp()", "ddk::gap_and_prior_of_a_worked_example",
+        "The domain in which the student lags most gets the least data.", "CE on what is drawn falls, and faster: the easy domains are drawn."),
+    Bug(DDK, "log_psi = (log_shares + rho).log_softmax(-1)", "log_psi = rho.log_softmax(-1)", "ddk::mixture_of_a_worked_example",
+        "The old shares are forgotten: no memory, and shares that jump.", "The mixture does follow the gaps, as it should."),
+    Bug(DDK, "part((1 - alpha) / len(rho))))", "part((1 - alpha) / 2)))", "ddk::mixture_equals_the_equation_written_out",
+        "A floor for two domains, left over from a small trial: with six the shares add up to 2.", "What draws by them divides by their sum and says nothing."),
+    Bug(DDK, "kl = (logp.exp() * (logp - logq)).sum(-1) ", 'kl = F.kl_div(logp, logq, reduction="none", log_target=True).sum(-1) ', "ddk::loss_equals_the_equation_in_loops",
+        "KL(q||p) in place of KL(p||q).", "CE carries the loss; its small KL term falls either way."),
+    Bug(DDK, "shares = mix.log_shares.exp() if steered and step >= cfg.interval else mix.fixed", "shares = mix.log_shares.exp() if steered else mix.fixed",
+        "ddk::interval_zero_is_drawn_in_natural_proportion_whatever_the_gaps", "The prior is drawn from in interval 0, where D_0 is a random sample.",
+        "It is one interval of twenty."),
+    Bug(DDK, 'for k in ("sizes", "log_shares", "drawn", "total", "seconds")', 'for k in ("sizes", "log_shares", "total", "seconds")',
+        "ddk::a_resumed_run_ends_bit_by_bit_where_it_would_have_ended", "The cursors are not in the checkpoint: after a resumption the first sequences come again.",
+        "Sequences seen before have a lower loss."),
+    Bug(DDK, 'm = {"worst_gap": rho.max().item()', 'm = {"worst_gap": rho.mean().item()', "ddk::a_run_reports_gaps_and_follows_them",
+        "The number that the method works on is a mean, in which one bad domain drowns.", "It falls."),
+    Bug(DDK, "torch.multinomial(shares, size, replacement=True, generator=self.generator(\"step\", step))", "torch.multinomial(shares, size, replacement=True)",
+        "ddk::a_restored_mixture_draws_what_the_first_would_have_drawn", "The draws hang on the global random state, which dropout and evaluation move too.",
+        "One random draw is as good as another, until a run is to be repeated."),
 ]
 
 
@@ -237,11 +257,11 @@ def trains(tree, bug):
     def job():
         enter(tree)
         conftest = importlib.import_module("conftest")
-        script = Path(bug.file).stem if bug.file in (KD, LLMR, DPKD) else "kd_forward"
+        script = Path(bug.file).stem if bug.file in (KD, LLMR, DPKD, DDK) else "kd_forward"
         module = importlib.import_module(script)
-        data = conftest.make_rows(tree / "rows.jsonl")
+        data = conftest.data_for(module.Config, tree)
         cfg = conftest.small_run(module.Config, conftest.make_pair("gpt2", tree / "models"), data, tree / "run",
-                                 **{"steps": 3, "save_every": 2, "eval_every": 9, "eval_rows": 2, "max_response": 8, **bug.run})
+                                 **{"steps": 3, "save_every": 2, "eval_every": 9, "eval_rows": 2, **bug.run})
         module.train(cfg)
         losses = [r["loss"] for r in map(json.loads, open(tree / "run/log.jsonl")) if "loss" in r]
         return "ok" if len(losses) == 3 and all(map(math.isfinite, losses)) else f"losses {losses}"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import WORDS, small_tokenizer
+from conftest import WORDS, make_corpus, small_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -191,10 +191,7 @@ def write_docs(path, n, seed, words=WORDS):
 @pytest.fixture
 def corpus(tmp_path):
     """A directory with three domains, of which the first is the largest."""
-    (tmp_path / "data").mkdir()
-    for i, (name, n) in enumerate((("big", 400), ("mid", 150), ("small", 80))):
-        write_docs(tmp_path / f"data/{name}.jsonl", n, i, WORDS[6 * i:6 * i + 8])
-    return tmp_path / "data"
+    return make_corpus(tmp_path / "data")
 
 
 @pytest.fixture
@@ -347,30 +344,9 @@ def test_static_shares_come_from_the_settings_or_from_a_run(cfg, tmp_path):
 
 
 @pytest.mark.parametrize("mix", ["ddk", "no-smoothing", "uniform"])
-def test_a_resumed_run_ends_bit_by_bit_where_it_would_have_ended(cfg, tmp_path, mix):
-    whole, halves = (cfg(mix=mix, steps=9, out=str(tmp_path / n)) for n in ("whole", "halves"))
-    ddk.train(whole)
-    stop, done = common.Run.end_step, []
-
-    def interrupted(self, step, **parts):
-        if step == 5:
-            self.stop = 2
-        stop(self, step, **parts)
-    common.Run.end_step = interrupted
-    try:
-        with pytest.raises(SystemExit):
-            ddk.train(halves)
-    finally:
-        common.Run.end_step = stop
-    halves.resume = True
-    ddk.train(halves)
-    for c in (whole, halves):
-        model = transformers.AutoModelForCausalLM.from_pretrained(f"{c.out}/student")
-        result = json.load(open(f"{c.out}/result.json"))
-        done.append(([p for p in model.parameters()], {k: v for k, v in result.items() if "." in k},
-                     [(x["step"], x["valid"]) for x in records(c, "valid")]))
-    assert all(torch.equal(a, b) for a, b in zip(done[0][0], done[1][0]))
-    assert done[0][1:] == done[1][1:]  # every gap and every share
+def test_a_resumed_run_ends_bit_by_bit_where_it_would_have_ended(cfg, mix, resumes_bitwise):
+    """The checkpoint lies inside an interval, and inside a domain's epoch."""
+    resumes_bitwise(ddk.train, cfg(mix=mix, steps=9, save_every=5), died=7)
 
 
 def test_accumulation_in_the_script_itself(cfg, tmp_path):

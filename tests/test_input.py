@@ -270,7 +270,8 @@ def test_a_damaged_run_is_told_and_half_a_line_of_the_log_is_dropped(config, mon
     Path(cfg.out, name).write_bytes(content)
     cfg.resume = True
     if match:
-        return refused(match, kd_forward.train, cfg)
+        refused(match, kd_forward.train, cfg)
+        return
     kd_forward.train(cfg)
     assert [json.loads(x)["step"] for x in open(f"{cfg.out}/log.jsonl")] == [0, 4]
 
