@@ -1,5 +1,6 @@
 """Tiny random models of every supported architecture, saved as real model directories. Offline, a few seconds in all."""
 import dataclasses
+import importlib
 import json
 import os
 import random
@@ -100,19 +101,45 @@ def make_corpus(path):
     return path
 
 
-def data_for(config_class, root):
-    """What the script reads: rows of prompts and responses, or domains. Made in `root` where it is missing."""
-    rows = "prompt_field" in config_class.__dataclass_fields__
-    path = root / ("rows.jsonl" if rows else "corpus")
-    return path if path.exists() else (make_rows if rows else make_corpus)(path)
+def make_gold_world(root, kind="reviews"):
+    """A world 2 whose LLM was trained for a second: it writes well-formed samples, if not good ones."""
+    from assets import world2
+    models = {**world2.MODELS, "rows": {"train": 60, "valid": 10, "each_topic": 1},
+              "teacher": {"hidden": 32, "layers": 1, "heads": 2, "documents": 600, "steps": 40, "batch_size": 8, "lr": 1e-2},
+              "student": {"hidden": 16, "layers": 1, "heads": 2}}
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(world2, "MODELS", models)
+        m.setattr(world2, "KINDS", {k: {**v, "teacher": {"steps": 120} if k == "sums" else {}, "student": {}} for k, v in world2.KINDS.items()})
+        return world2.build(0, root, kind=kind)
+
+
+SMALL_GOLD = dict(task="reviews", budget=48, round_size=4, retrain=2, passes=1, log_every=1, max_response=6, eval_rows=20)
 
 
 def small_run(config_class, pair, data, out, /, **settings):
-    """Settings of any script for a run of a second; the tools kill.py, fuzz.py and museum.py use it too."""
+    """Settings of any script for a run of a second."""
     small = dict(teacher=str(pair[0]), student=str(pair[1]), data=str(data), max_prompt=24, max_response=24, steps=4,
                  batch_size=8, lr=1e-3, warmup=2, eval_every=2, eval_rows=4, log_every=1, save_every=2, holdout=0.1,
                  max_tokens=16, interval=2, gap_rows=4, device="cpu", compile=False, out=str(out))
     return config_class(**{**{k: v for k, v in small.items() if k in config_class.__dataclass_fields__}, **settings})
+
+
+def any_run(script, root, out, /, **settings):
+    """small_run of any script, its models and data made in `root` where they are missing; settings that the script does
+    not have are left out. For the tools kill.py, fuzz.py and museum.py."""
+    config = importlib.import_module(script).Config
+    fields = config.__dataclass_fields__
+    settings = {k: v for k, v in settings.items() if k in fields}
+    if script == "gold":
+        world = make_gold_world(root / "gold") if not (root / "gold").exists() else next((root / "gold").glob("*"))
+        return small_run(config, (world / "teacher", world / "student"), world / "data", out, **{**SMALL_GOLD, **settings})
+    pair = root / "models/teacher", root / "models/student"
+    if not pair[1].exists():
+        make_pair("gpt2", root / "models")  # GPT-2 has dropout
+    data = root / ("rows.jsonl" if "prompt_field" in fields else "corpus")
+    if not data.exists():
+        make_rows(data) if "prompt_field" in fields else make_corpus(data)
+    return small_run(config, pair, data, out, **settings)
 
 
 def flags(cfg):

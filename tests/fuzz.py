@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import data_for, make_pair, small_run
+from conftest import any_run
 from test_layout import METHODS
 
 import common
@@ -178,6 +178,23 @@ def domains(rng, place):
         common.load_domains(cfg, place.student, None, place.tokenizer, world="world3")
 
 
+def task_files(rng, place):
+    """A file for gold.py's --task: a good one, mended in one or two places."""
+    tasks = importlib.import_module("assets.tasks")
+    entry = json.loads(tasks.FILE.read_text())["tasks"][rng.choice(["reviews", "sums", "rte"])]
+    for _ in range(rng.choice([0, 1, 1, 2])):
+        key = rng.choice([*entry, "write", "solve", "labels", text(rng), "shots", "lengths", "max_new", "stop", "metric", "check", "data", "world"])
+        entry[key] = rng.choice([*VALUES, text(rng), {text(rng): text(rng)}, {"sample": text(rng)}, {"text": 3}, [1, "x"], ["\ud800"], {"text": {}}, "{a}{b}", "{0.__class__}"])
+        if rng.random() < 0.3:
+            entry.pop(rng.choice(list(entry)))
+    data = json.dumps(entry).encode()
+    name = str(place.file("task.json", spoil(data, rng) if rng.random() < 0.3 else data))
+    name = rng.choice([name] * 9 + [text(rng), "/dev/null", "\0.json", "x" * 5000 + ".json", str(place.file("deep.json", deep(rng).encode())), "/x.json"])
+    cfg = place.config("gold", task=name, steps=0, budget=8)
+    with place.quiet():
+        importlib.import_module("gold").train(cfg)
+
+
 def shares(rng, place):
     ddk = importlib.import_module("ddk")
     given = rng.choice([text(rng), "a=.5,b=.5", "a=nan,b=1", "a=inf,b=0", "a=2,b=-1", "a=1", "a=.5,b=.5,b=.5", "\0.json", "x" * 5000 + ".json",
@@ -246,7 +263,8 @@ def bad_outputs(rng, place):
     assert file.read_bytes() == b"mine"
 
 
-KINDS = {settings: 8, data_file: 8, typed_settings: 3, **({domains: 3, shares: 1} if "ddk" in METHODS else {}), long_lines: 1, places: 3, corpus: 3, templates: 3, models: 2, run_directories: 2, full_disks: 1, bad_outputs: 1}
+KINDS = {settings: 8, data_file: 8, typed_settings: 3, **({domains: 3, shares: 1} if "ddk" in METHODS else {}),
+         **({task_files: 3} if "gold" in METHODS else {}), long_lines: 1, places: 3, corpus: 3, templates: 3, models: 2, run_directories: 2, full_disks: 1, bad_outputs: 1}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -254,7 +272,7 @@ class Place:
     """A directory for one input, and what every input needs."""
     def __init__(self, root):
         self.root, self.count = root, 0
-        self.pair = make_pair("gpt2", root / "models")
+        self.pair = [Path(p) for p in (self.config("kd_forward").teacher, self.config("kd_forward").student)]
         self.student = common.load_model(self.pair[1], common.torch.device("cpu"))
         self.tokenizer = common.load_tokenizer(self.pair[1], "student")
         self.unfinished_cfg = self.config("kd_forward", steps=2, save_every=1, eval_every=9, eval_rows=2, out=str(root / "unfinished"))
@@ -270,8 +288,7 @@ class Place:
         self.dir.mkdir()
 
     def config(self, script, **settings):
-        config = importlib.import_module(script).Config
-        return small_run(config, self.pair, data_for(config, self.root), getattr(self, "dir", self.root) / "out", **settings)
+        return any_run(script, self.root, getattr(self, "dir", self.root) / "out", **settings)
 
     def file(self, name, data):
         (self.dir / name).parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ import time
 import traceback
 from pathlib import Path
 
-from conftest import ROOT, data_for, flags, make_pair, outcome, small_run
+from conftest import ROOT, any_run, flags, outcome
 from test_layout import METHODS
 
 import common
@@ -34,7 +34,7 @@ import common
 WATCHED = "plumbing.py", "shutil.py", "pathlib.py", "serialization.py", "modeling_utils.py"  # whose lines are looked at
 PHASES = ("training", "evaluating", "saving")
 SETTINGS = dict(steps=10, save_every=2, eval_every=3, max_response=8)
-EXTRA = {"llmr": dict(sync=4), "ddk": dict(interval=4), "dpkd": dict(negatives="epoch", batch_size=16)}  # state that is old at a checkpoint
+EXTRA = {"llmr": dict(sync=4), "gold": dict(eval_rows=8), "ddk": dict(interval=4), "dpkd": dict(negatives="epoch", batch_size=16)}  # state that is old at a checkpoint
 
 
 def start(script, cfg, log, prepare=lambda: None):
@@ -149,18 +149,18 @@ def kills(script, make, n, rng):
             draws.append((phase, rng.randrange(max(1, times // 2)), rng.uniform(0, 2 * mean)))
         for draw in draws:
             done[phase] += killed_at(script, cfg, log, *draw)
-            steps += map(int, re.findall(r"resumed from .* at step (\d+)", log.read_text()))
+            steps += map(int, re.findall(r"resumed from .* at step (-?\d+)", log.read_text()))
             there = Path(cfg.out, "settings.json").exists()  # before that nothing exists: a plain start, as for a user
             cfg = dataclasses.replace(cfg, resume=there)
         status = finish(start(script, cfg, log))
         said = log.read_text()
-        steps += map(int, re.findall(r"resumed from .* at step (\d+)", said))
+        steps += map(int, re.findall(r"resumed from .* at step (-?\d+)", said))
         anew += "starting anew" in said
         if status or outcome(cfg.out) != wanted:
             differ.append(f"{draws}: status {status}, {'differs' if not status else said.strip().splitlines()[-1][:200]}")
-    inside = sum(0 < s < whole.steps for s in steps)
+    inside = sum(s < whole.steps for s in steps)
     print(f"{script:<11} {sum(done.values())} SIGKILLs ({', '.join(f'{k} {v}' for k, v in done.items())}); "
-          f"resumed {inside} times at 0 < step < {whole.steps} (steps {min(steps)} to {max(steps)}), "
+          f"resumed {inside} times from a checkpoint before the end (steps {min(steps)} to {max(steps)} of {whole.steps}), "
           f"{anew} started anew; {len(differ)} differ", flush=True)
     return differ + ([] if inside else [f"{script}: no run really resumed"])
 
@@ -262,13 +262,8 @@ def main():
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
         os.environ["XDG_CACHE_HOME"] = str(root / "cache")
-        pair = make_pair("gpt2", root / "models")  # GPT-2 has dropout
-
         def make(script, name, **settings):
-            config = importlib.import_module(script).Config
-            known = {k: v for k, v in SETTINGS.items() if k in config.__dataclass_fields__}
-            return small_run(config, pair, data_for(config, root), root / script / name,
-                             **{**known, **EXTRA.get(script, {}), **settings})
+            return any_run(script, root, root / script / name, **{**SETTINGS, **EXTRA.get(script, {}), **settings})
         make.root = root
         for script in args.scripts:
             bad += kills(script, make, args.kills, random.Random(f"{script} {args.seed}"))

@@ -35,7 +35,8 @@ class Bug:
     run: dict = field(default_factory=dict)  # settings with which the three steps meet the line
 
 
-KD, COMMON, LLMR, DPKD, DDK, PLUMBING = "kd_forward.py", "common.py", "llmr.py", "dpkd.py", "ddk.py", "assets/plumbing.py"
+KD, LLMR, DPKD, GOLD, DDK = (f"{name}.py" for name in ("kd_forward", "llmr", "dpkd", "gold", "ddk"))
+COMMON, PLUMBING = "common.py", "assets/plumbing.py"
 EQUATION, CHUNKED = "kd_forward::loss_equals_the_equation", "kd_forward::chunked_loss_and_gradient_equal_the_textbook"
 ROWS = "common::rows_predict_exactly_the_response_tokens_incl_eos"
 BUGS = [
@@ -197,6 +198,23 @@ BUGS = [
         "With one template for both it is the same thing.", dict(teacher_template="Sort: {prompt} =")),
     Bug(DPKD, "values = [losses.sum() / n_pairs", "values = [losses.mean()", "dpkd::accumulation_gives_one_result",
         "With --accum 8 the preference counts eight times.", "Without accumulation it is the same number.", dict(accum=4)),
+    # ------------------------------------------------------------------------------ gold.py
+    Bug(GOLD, "return -logits.logsumexp(-1)", "return -logits.log_softmax(-1).logsumexp(-1)", "gold::energy_is_minus_logsumexp_and_shifts_with_the_logits",
+        "The energy of normalised logits is 0 everywhere: ranks are rounding noise, so feedback is random.", "Random feedback still brings variety, and accuracy rises with the budget."),
+    Bug(GOLD, "key=lambda i: energies[i])", "key=lambda i: -energies[i])", "gold::the_band_is_relative_to_the_samples_that_are_there",
+        "High and low energy are exchanged: what the student knows already is fed back.", "Samples come in, all well-formed, and the student learns them."),
+    Bug(GOLD, "order[n * 5 // 10:n * 8 // 10]", "order[4:6]", "gold::the_band_is_relative_to_the_samples_that_are_there",
+        "Ranks are fixed for batches of 8: for 16 samples it feeds back familiar ones, for 4 none.", "With the default round size hardly anything changes."),
+    Bug(GOLD, "rce = -math.log(1e-4) * (1 - (-ce).exp()) ", "rce = -math.log(1e-4) * (-ce).exp() ", "gold::sce_is_its_equation_with_the_one_hot_clamped",
+        "Reverse CE punishes the probability of the right label.", "The loss falls: it is easy to be wrong."),
+    Bug(GOLD, 'if s["round"] == t - 1 and s["fed"]] if t % 2 == 0 else []', 'if s["fed"]]',
+        "gold::feedback_is_shown_on_even_rounds_only_and_the_ood_prompt_sees_two_training_samples",
+        "All feedback so far is shown in every round: the prompt grows until it is cut.", "More examples in a prompt make better samples, at first."),
+    Bug(GOLD, "return [x / len(e.response) for x, e in zip(sums.tolist(), examples)]", "return [x / cfg.max_response for x in sums.tolist()]",
+        "gold::energies_skip_padding_and_the_flag_averages_over_it", "The mean energy of a response depends on how long the longest may be: short ones look familiar.",
+        "Where all labels have one word every energy is off by one factor, and ranks stay."),
+    Bug(GOLD, "scorer=scorer, scorer_optimizer=scorer_optimizer,", "scorer_optimizer=scorer_optimizer,", "gold::a_run_killed_while_samples_are_written_asks_for_no_text_twice",
+        "The scorer is not in the checkpoint: a resumed run judges by an untrained one.", "Energies have no zero, so other energies raise no suspicion."),
     # ------------------------------------------------------------------------------ ddk.py
     Bug(DDK, "return (student_ce - teacher_ce).exp()", "return (teacher_ce - student_ce).exp()", "ddk::gap_and_prior_of_a_worked_example",
         "The domain in which the student lags most gets the least data.", "CE on what is drawn falls, and faster: the easy domains are drawn."),
@@ -257,12 +275,9 @@ def trains(tree, bug):
     def job():
         enter(tree)
         conftest = importlib.import_module("conftest")
-        script = Path(bug.file).stem if bug.file in (KD, LLMR, DPKD, DDK) else "kd_forward"
-        module = importlib.import_module(script)
-        data = conftest.data_for(module.Config, tree)
-        cfg = conftest.small_run(module.Config, conftest.make_pair("gpt2", tree / "models"), data, tree / "run",
-                                 **{"steps": 3, "save_every": 2, "eval_every": 9, "eval_rows": 2, **bug.run})
-        module.train(cfg)
+        script = Path(bug.file).stem if bug.file in (KD, LLMR, DPKD, DDK, GOLD) else "kd_forward"
+        cfg = conftest.any_run(script, tree, tree / "run", **{"steps": 3, "save_every": 2, "eval_every": 9, "eval_rows": 2, **bug.run})
+        importlib.import_module(script).train(cfg)
         losses = [r["loss"] for r in map(json.loads, open(tree / "run/log.jsonl")) if "loss" in r]
         return "ok" if len(losses) == 3 and all(map(math.isfinite, losses)) else f"losses {losses}"
     return child(job)
@@ -292,8 +307,8 @@ def outcomes(tree, names):
     return json.loads(said) if said.startswith("{") else {"": said}
 
 
-def plant(tree, bug):
-    shutil.copytree(HERE.parent, tree, ignore=shutil.ignore_patterns(".*", "out", "*.png", "__pycache__", "*.jsonl"))
+def plant(source, tree, bug):
+    shutil.copytree(source, tree, ignore=shutil.ignore_patterns(".*", "out", "*.png", "__pycache__", "*.jsonl", "cache"))
     if bug:
         text = (tree / bug.file).read_text()
         assert text.count(bug.old) == 1, f"{bug.file} holds {text.count(bug.old)} times: {bug.old}"
@@ -318,11 +333,11 @@ def main():
     begin, caught, chosen = time.time(), 0, [(i, b) for i, b in enumerate(BUGS, 1) if args.only in (None, i)]
     with tempfile.TemporaryDirectory() as root:
         root = Path(root).resolve()
-        plant(root / "clean", None)
+        plant(HERE.parent, root / "clean", None)
         clean = outcomes(root / "clean", [b.test for _, b in chosen])
         for i, b in chosen:
             tree = root / f"bug{i}"
-            plant(tree, b)
+            plant(root / "clean", tree, b)
             first, end = trains(tree, b), outcomes(tree, [b.test]).get(b.test)
             shutil.rmtree(tree)
             good = clean.get(b.test) == "passed" and first == "ok" and end == "AssertionError"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pair, outcome, small_run
+from conftest import SMALL_GOLD, make_gold_world, make_pair, outcome, small_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -171,18 +171,11 @@ def test_auroc_compares_inside_a_round_only():
 # ---------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """world(kind) -> a world 2 whose LLM was trained for a second: it writes well-formed samples, if not good ones."""
     made, root = {}, tmp_path_factory.mktemp("world2")
 
     def make(kind):
         if kind not in made:
-            models = {**world2.MODELS, "rows": {"train": 60, "valid": 10, "each_topic": 1},
-                      "teacher": {"hidden": 32, "layers": 1, "heads": 2, "documents": 600, "steps": 40, "batch_size": 8, "lr": 1e-2},
-                      "student": {"hidden": 16, "layers": 1, "heads": 2}}
-            with pytest.MonkeyPatch.context() as m:
-                m.setattr(world2, "MODELS", models)
-                m.setattr(world2, "KINDS", {k: {**v, "teacher": {"steps": 120} if k == "sums" else {}, "student": {}} for k, v in world2.KINDS.items()})
-                made[kind] = world2.build(0, root, kind=kind)
+            made[kind] = make_gold_world(root, kind)
         return made[kind]
     return make
 
@@ -192,8 +185,8 @@ def gold_config(world, tmp_path):
     """gold_config(kind, **settings): the tiny LLM as a model directory, behind --teacher DIR, as a real one would be."""
     def make(kind="reviews", **settings):
         root = world(kind)
-        base = dict(task=kind, budget=48, round_size=4, retrain=2, passes=1, log_every=1, max_response=6, eval_rows=20)
-        return small_run(gold.Config, (root / "teacher", root / "student"), root / "data", tmp_path / "run", **{**base, **settings})
+        return small_run(gold.Config, (root / "teacher", root / "student"), root / "data", tmp_path / "run",
+                         **{**SMALL_GOLD, "task": kind, **settings})
     return make
 
 
