@@ -226,7 +226,7 @@ class Run:
             self.first, self.seconds = state["step"], state["seconds"]
         except BadInput:
             raise
-        except Exception as e:  # damaged or foreign: pickle, zip and torch raise many kinds
+        except Exception as e:  # damaged or foreign: torch raises many kinds
             raise BadInput(f"{saved} cannot be loaded ({(str(e) or type(e).__name__).splitlines()[0][:160]}): "
                            "put a good one there, or --overwrite starts anew") from None
         return True

@@ -35,7 +35,7 @@ def load_task(name):
             entry, where = table["tasks"][name], f"task {name}"
         else:
             raise BadInput(f"--task {name}: no such entry; there are {', '.join(table['tasks'])}, or give a .json file")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise BadInput(f"--task {name}: cannot be read as JSON ({str(e)[:120]})") from None
     if not isinstance(entry, dict):
         raise BadInput(f"{where}: an object is wanted, with {', '.join(table['required'])}")
@@ -46,6 +46,12 @@ def load_task(name):
     if unknown := set(entry) - set(table["defaults"]) - {*table["required"], "labels"}:
         raise BadInput(f"{where}: unknown {', '.join(sorted(map(repr, unknown)))}; known: "
                        f"{', '.join([*table['required'], 'labels', *table['defaults']])}")
+    for key, default in {**table["defaults"], "fields": {}, "labels": {}}.items():  # of the type of its default
+        value, of = entry.get(key, default), type(default[0]) if isinstance(default, list) else str
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if type(value) is not type(default) or any(type(x) is not of for x in parts):
+            raise BadInput(f"{where}: {key!r} is {str(value)[:40]!r}, of another type than "
+                           f"{str(default)[:40] or 'text'!r}")
     task = {**table["defaults"], "labels": {}, **entry, "name": Path(name).stem}
     named = [f"{f}: {{{f}}}" for f in task["fields"]]
     label = f"{task['label_name']}: {{label}}"
@@ -61,6 +67,13 @@ def load_task(name):
             raise BadInput(f"{where}: {template!r} names {', '.join(sorted(other))}, which is no field")
     if task["check"] not in FILTERS or task["metric"] not in ("exact", "equation", "rouge_l"):
         raise BadInput(f"{where}: check is one of {', '.join(map(repr, FILTERS))}, metric of exact, equation, rouge_l")
+    low, high, *more = [*task["lengths"], -1, -1]
+    if len(more) != 2 or not 0 <= low <= high or not 0 <= task["shots"] < 10**6 or not 0 < task["max_new"] < 10**6:
+        raise BadInput(f"{where}: lengths are two, the fewest and the most characters; shots is 0 or more, max_new 1 "
+                       "or more")
+    worlds = sorted({t.get("world", table["defaults"]["world"]) for t in table["tasks"].values()})
+    if task["world"] not in worlds:  # the name of a module: nobody else's
+        raise BadInput(f"{where}: world is one of {', '.join(worlds)}")
     return task
 
 

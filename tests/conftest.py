@@ -107,6 +107,7 @@ def make_gold_world(root, kind="reviews"):
     models = {**world2.MODELS, "rows": {"train": 60, "valid": 10, "each_topic": 1},
               "teacher": {"hidden": 32, "layers": 1, "heads": 2, "documents": 600, "steps": 40, "batch_size": 8, "lr": 1e-2},
               "student": {"hidden": 16, "layers": 1, "heads": 2}}
+    root.mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(world2, "MODELS", models)
         m.setattr(world2, "KINDS", {k: {**v, "teacher": {"steps": 120} if k == "sums" else {}, "student": {}} for k, v in world2.KINDS.items()})
@@ -131,7 +132,7 @@ def any_run(script, root, out, /, **settings):
     fields = config.__dataclass_fields__
     settings = {k: v for k, v in settings.items() if k in fields}
     if script == "gold":
-        world = make_gold_world(root / "gold") if not (root / "gold").exists() else next((root / "gold").glob("*"))
+        world = make_gold_world(root / "gold")
         return small_run(config, (world / "teacher", world / "student"), world / "data", out, **{**SMALL_GOLD, **settings})
     pair = root / "models/teacher", root / "models/student"
     if not pair[1].exists():

@@ -9,6 +9,7 @@ tree, fails on the mutant by an AssertionError. Mutants run in forked children o
 transformers imported, which needs Linux or macOS. An exhibit that survives is a missing test.
 """
 import argparse
+import contextlib
 import importlib
 import json
 import math
@@ -246,12 +247,13 @@ def show(number):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-def child(job):
-    """Fork; job() -> a string, through a file. A child that dies or takes two minutes has a string, too."""
+def child(job, seconds=120):
+    """Fork; job() -> a string, through a file. A child that dies or takes too long has a string, too."""
     with tempfile.NamedTemporaryFile("r+") as told:
         pid = os.fork()
         if not pid:
-            signal.alarm(120)
+            os.setsid()  # so that what it starts can be ended with it
+            signal.alarm(seconds)
             quiet = os.open(os.devnull, os.O_WRONLY)
             os.dup2(quiet, 1), os.dup2(quiet, 2)
             try:
@@ -261,6 +263,8 @@ def child(job):
             Path(told.name).write_text(said)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
         return Path(told.name).read_text() or f"the child ended with {status}"
 
 
@@ -303,7 +307,7 @@ def outcomes(tree, names):
         nodes = sorted({"tests/test_" + n.replace("::", ".py::test_") for n in names})
         pytest.main(["-q", "-p", "no:cacheprovider", *(["-x"] if len(nodes) == 1 else []), *nodes], plugins=[Watch()])
         return json.dumps(Watch.found)
-    said = child(job)
+    said = child(job, 120 * len(names))
     return json.loads(said) if said.startswith("{") else {"": said}
 
 
@@ -318,7 +322,7 @@ def plant(source, tree, bug):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--show", type=int)
-    parser.add_argument("--only", type=int)
+    parser.add_argument("--only", type=int, nargs="+")
     args = parser.parse_args()
     if args.show:
         return show(args.show)
@@ -330,7 +334,7 @@ def main():
     [getattr(transformers, n) for n in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoTokenizer", "GPT2LMHeadModel", "LlamaForCausalLM",
                                         "T5ForConditionalGeneration", "Qwen2ForCausalLM", "OPTForCausalLM", "PreTrainedTokenizerFast", "StaticCache")]
     os.environ["HF_HUB_OFFLINE"] = "1"
-    begin, caught, chosen = time.time(), 0, [(i, b) for i, b in enumerate(BUGS, 1) if args.only in (None, i)]
+    begin, caught, chosen = time.time(), 0, [(i, b) for i, b in enumerate(BUGS, 1) if i in (args.only or [i])]
     with tempfile.TemporaryDirectory() as root:
         root = Path(root).resolve()
         plant(HERE.parent, root / "clean", None)
@@ -344,8 +348,8 @@ def main():
             caught += good
             print(f"{i:3d} {'caught' if good else 'MISSED'}  {b.file:<18} {b.test}" +
                   ("" if good else f"  (clean: {clean.get(b.test, clean)}; three steps: {first}; test: {end})"), flush=True)
-    if args.only:
-        print(f"- {b.old.strip()}\n+ {b.new.strip()}\n{b.symptom}\nWhy the curve looks fine: {b.fine}")
+            if args.only:
+                print(f"- {b.old.strip()}\n+ {b.new.strip()}\n{b.symptom}\nWhy the curve looks fine: {b.fine}\n")
     print(f"{time.time() - begin:.0f} s\ncaught {caught} of {len(chosen)}")
     return caught < len(chosen)
 
