@@ -319,7 +319,7 @@ def load_corpus(path, tokenizer, cfg):
             [json.loads(x)["text"] for x in text.split("\n") if x.strip()]
         tokens = [t for d in documents if d.strip()
                   for t in tokenizer(d.strip(), add_special_tokens=False, split_special_tokens=True).input_ids + [eos]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise BadInput(f'{path}: not UTF-8 text or JSON lines with a string "text" ({first_line(e)})') from None
     if not tokens:
         raise BadInput(f"{path}: the file has no text")

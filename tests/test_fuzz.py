@@ -5,4 +5,4 @@ import fuzz
 def test_hostile_input_ends_in_success_or_one_sentence(tmp_path):
     counts, failures = fuzz.attack(200, "quick", tmp_path)
     assert not failures, "\n".join(failures)
-    assert len(counts) == len(fuzz.KINDS) and min(map(sum, counts.values())) >= 5
+    assert len(counts) == len(fuzz.KINDS) and min(map(sum, counts.values())) >= 4
