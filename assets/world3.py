@@ -6,6 +6,8 @@ generators below; `noise` is random, so nobody can learn it: the control. Most o
 text varies with the version of Python, so every result carries a hash of the corpus. Tokens are bytes.
 
 Teacher and student are made with ddk.py --teacher none --gamma 0 and cached. A reader may skip this file.
+
+    python -m assets.world3 alike 10 DIR    write another set of domains (SETS), number 10: data, teacher, student
 """
 import ast
 import contextlib
@@ -26,6 +28,13 @@ TEACHER = dict(hidden=96, layers=3, heads=4, steps=1000, lr=6e-3,
                shares="code=.36,prose=.36,log=.07,json=.07,csv=.07,noise=.07")
 STUDENT = dict(hidden=48, layers=2, heads=4, steps=200, lr=6e-3,
                shares="code=.08,prose=.08,log=.01,json=.40,csv=.40,noise=.03")
+SETS = {  # of the results' controls: thousand characters, and on which shares its teacher and student were trained
+    "mild": (dict(code=800, prose=800, log=2000, json=1600, csv=1600, noise=1200), TEACHER["shares"],
+             "code=.10,prose=.10,log=.25,json=.20,csv=.20,noise=.15"),
+    "alike": (dict(code=2200, prose=1200, arith=120, copy=120, log=120, noise=240),
+              "code=.30,prose=.30,arith=.10,copy=.10,log=.10,noise=.10",
+              "code=.55,prose=.30,arith=.03,copy=.03,log=.03,noise=.06"),
+}
 NAMES = "ada ben cleo dan eve finn gwen hugo iris jack kim leo".split()
 PLACES = "oslo rome lima cairo paris tokyo berlin madrid".split()
 PARTS = "auth cache disk http mail queue search store".split()
@@ -88,23 +97,36 @@ def noise(rng):
     return "".join(rng.choices("0123456789abcdef", k=400))
 
 
+def arith(rng):
+    """Additions, the digits of the sum from right to left: the order in which a carry moves."""
+    pairs = [(rng.randint(0, 999), rng.randint(0, 999)) for _ in range(rng.randint(8, 16))]
+    return "\n".join(f"{a}+{b}={str(a + b)[::-1]}" for a, b in pairs)
+
+
+def copy(rng):
+    words = ("".join(rng.choices("abcdefghijklmnop", k=rng.randint(4, 12))) for _ in range(rng.randint(5, 10)))
+    return "\n".join(f"{w}|{w}" for w in words)
+
+
+WRITERS = {"log": log, "json": as_json, "csv": as_csv, "noise": noise, "arith": arith, "copy": copy}
+
+
 def endless(write, rng):
     while True:
         yield write(rng)
 
 
-def corpus():
+def corpus(sizes=SIZES):
     """{domain: documents}: of the library a random subset, of the generators as much as is wanted."""
     code, prose = library()
     rng = random.Random("world 3")
     rng.shuffle(code), rng.shuffle(prose)
     streams = {"code": iter(code), "prose": iter(prose)}
-    for name, write in (("log", log), ("json", as_json), ("csv", as_csv), ("noise", noise)):
-        streams[name] = endless(write, random.Random(name))
+    streams |= {name: endless(write, random.Random(name)) for name, write in WRITERS.items()}
     out = {}
-    for name, stream in streams.items():
-        room, out[name] = 1000 * SIZES[name], []
-        for text in stream:
+    for name, size in sizes.items():
+        room, out[name] = 1000 * size, []
+        for text in streams[name]:
             out[name].append(text)
             room -= len(text)
             if room < 0:
@@ -133,20 +155,38 @@ def build(number, cache, part="student"):
     base, target = Path(cache) / f"world3-{key}", Path(cache) / f"world3-{key}-{number}"
     if not base.exists():
         root = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
-        for name, texts in corpus().items():
-            write_rows(root / f"data/{name}.jsonl", [{"text": t} for t in texts])
+        write_corpus(root / "data", SIZES)
         move(root, base)
     if part == "data":
         return base
     if not target.exists():
         print(f"building the tiny world {number} of domains, once, in about 2 minutes: {target}", flush=True)
         root = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
-        for name, made in (("teacher", TEACHER), ("student", STUDENT)):
-            write_config(root / "config", made["hidden"], made["layers"], made["heads"], make_tokenizer())
-            train(root, base / "data", name, number, made)
-            shutil.rmtree(root / "config")
+        make_models(root, base / "data", number, TEACHER["shares"], STUDENT["shares"])
         move(root, target)
     return target
+
+
+def another(name, number, target):
+    """Write the set `name` of SETS to the directory target: data, teacher and student."""
+    sizes, *shares = SETS[name]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    root = Path(tempfile.mkdtemp(prefix="building-", dir=target.parent))
+    write_corpus(root / "data", sizes)
+    make_models(root, root / "data", number, *shares)
+    move(root, target)
+
+
+def write_corpus(folder, sizes):
+    for name, texts in corpus(sizes).items():
+        write_rows(folder / f"{name}.jsonl", [{"text": t} for t in texts])
+
+
+def make_models(root, data, number, teacher_shares, student_shares):
+    for name, made, shares in (("teacher", TEACHER, teacher_shares), ("student", STUDENT, student_shares)):
+        write_config(root / "config", made["hidden"], made["layers"], made["heads"], make_tokenizer())
+        train(root, data, name, number, {**made, "shares": shares})
+        shutil.rmtree(root / "config")
 
 
 def train(root, data, name, number, made):
@@ -160,3 +200,7 @@ def train(root, data, name, number, made):
                              device="cpu", dtype="float32", compile=False, out=str(root / f"{name}-run")))
     shutil.move(root / f"{name}-run/student", root / name)
     shutil.rmtree(root / f"{name}-run")
+
+
+if __name__ == "__main__":
+    another(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

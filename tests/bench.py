@@ -1,7 +1,7 @@
 """Speed as ratios within one run: contenders take turns (A B C A B C ...), medians, correctness gate first.
 
     python tests/bench.py [--rounds 3] [--json FILE] [--only kd_step sample]
-    python tests/bench.py --readme FILE     write the table of such a file into README.md
+    python tests/bench.py --readme          write the tables of the committed assets/bench.json into README.md
 
 A ratio above 1 says that ours is faster (or smaller). `textbook` is the loop that everybody writes: both models'
 logits for every position, masked afterwards. It is written plainly below and stays as it is. Peers take part where
@@ -16,9 +16,11 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,12 +29,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
+import dpkd
 import kd_forward
 import llmr
 
+ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 B, T, RESPONSE = 16, 128, 50  # 39 % of the tokens are response tokens
 
@@ -349,6 +354,114 @@ def bench_cache(rows, rounds):
     row(rows, "epoch2_cached", "epoch1", take_turns({"ours": lambda: epoch(cached), "epoch1": lambda: epoch(plain)}, rounds, 1))
 
 
+def bench_dpkd(rows, rounds, vocab=32_000, dtype=torch.float32):
+    """One step of dpkd.py on pairs (y_t, y_s) that are there already, against what code made from a DPO trainer does:
+    both texts of both models in full, (2B,T,V), every time. Ours scores y_t with the teacher once for the whole run."""
+    teacher = model(512, 4, vocab, 1, dtype).eval().requires_grad_(False)
+    chosen, drawn = examples(vocab, seed=0), examples(vocab, seed=1)
+    drawn = [common.Example(c.prompt, c.prompt, d.response) for c, d in zip(chosen, drawn)]
+    batch, batch_s = (common.collate(x, teacher).to(DEVICE) for x in (chosen, drawn))
+    both = torch.cat([batch.tokens, batch_s.tokens])
+    mask = torch.zeros(2 * B, T, device=DEVICE)
+    mask[:, T - RESPONSE:] = 1
+
+    def textbook(student):
+        def sums(model):
+            with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+                logits = model(input_ids=both).logits[:, :-1].float()
+            logq = F.log_softmax(logits, -1).gather(-1, both[:, 1:, None])[..., 0]
+            return (logq * mask[:, 1:]).sum(-1).chunk(2)
+        q_t, q_s = sums(student)
+        with torch.no_grad():
+            p_t, p_s = sums(teacher)
+        return -F.logsigmoid(0.1 * ((q_t - p_t) - (q_s - p_s))).mean() - q_t.sum() / len(batch.targets)
+
+    def score(model, batch):  # log p(y|x) of whole responses, without gradient
+        with torch.no_grad(), torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            hidden = common.response_states(model)(batch)
+            values = common.row_scalars(lambda z, y: (common.log_softmax_at(z, y),), model, hidden, batch.targets)
+            return dpkd.response_logprobs(values[0], batch)
+    p_t = score(teacher, batch)
+
+    def ours(student):
+        p_s, fwd, q = score(teacher, batch_s), common.response_states(student), []
+        for b in (batch, batch_s):
+            with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+                hidden = fwd(b)
+            q.append(dpkd.response_logprobs(common.token_logprobs(student, hidden, b.targets), b))
+        return dpkd.preference_loss(q[0], p_t, q[1], p_s, None, None, 0.1, False)[0].mean() - q[0].sum() / len(batch.targets)
+
+    steps, found = {}, {}
+    for name, loss in (("ours", ours), ("textbook", textbook)):
+        student = model(256, 2, vocab, 2)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=name == "ours")
+
+        def step(student=student, optimizer=optimizer, loss=loss):
+            value = loss(student)
+            value.backward()
+            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return [value.item(), norm.item()]
+        steps[name], found[name] = step, [x for _ in range(5) for x in step()]
+    for a, b in zip(found["ours"], found["textbook"]):
+        assert math.isclose(a, b, rel_tol=1e-4), f"dpkd_step: losses or norms differ, {found}"
+    row(rows, "dpkd_step", "textbook", take_turns(steps, rounds, 2))
+
+
+def bench_gold(rows, rounds):
+    """What GOLD's LLM writes in a round, 16 texts from prompts of different length: in one call, against `generate` in
+    one padded batch, and prompt by prompt. top-k 50, top-p .95, ends after about 30 tokens."""
+    m = model(256, 4, 4000, 3).eval()
+    head, m.lm_head = m.lm_head, torch.nn.Linear(256, 4000).to(DEVICE)
+    m.lm_head.weight = head.weight
+    with torch.no_grad():
+        m.lm_head.bias.zero_()
+        m.lm_head.bias[0] = math.log(50 / 30)  # of the 50 tokens that top-k leaves
+    g = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, 4000, (150 + 7 * i,), generator=g).tolist() for i in range(16)]
+    width = max(map(len, prompts))
+    ids = common.pad(prompts, width, left=True).to(DEVICE)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
+    kw = dict(max_new_tokens=64, eos_token_id=0, pad_token_id=0)
+    theirs = m.generate(ids, attention_mask=mask, do_sample=False, **kw)[:, width:].tolist()
+    ours = common.sample(m, prompts, 64, temperature=0, eos=0)[0]
+    assert sum(a == b[:len(a)] for a, b in zip(ours, theirs)) >= 15, "gold_round: greedy decoding does not agree"
+    kw |= dict(do_sample=True, top_k=50, top_p=0.95)
+    times = take_turns({"ours": lambda: common.sample(m, prompts, 64, top_k=50, top_p=0.95, eos=0),
+                        "generate": lambda: m.generate(ids, attention_mask=mask, **kw),
+                        "one_by_one": lambda: [m.generate(torch.tensor([p], device=DEVICE), **kw) for p in prompts]}, rounds, 1)
+    for baseline in ("generate", "one_by_one"):
+        row(rows, "gold_round", baseline, times)
+
+
+def script(name, folder, *settings):
+    """Seconds of `python name.py` as a reader would call it, and its result.json. The tiny world is built beforehand."""
+    command = [sys.executable, f"{name}.py", *settings, "--out", str(Path(folder) / name), "--overwrite"]
+    seconds = clock(lambda: subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL))
+    return seconds, json.loads((Path(folder) / name / "result.json").read_text())
+
+
+def bench_ddk(rows, rounds):
+    """What looking at the gaps costs ddk.py on the tiny world: the run against itself without its looks. A ratio below
+    1 is the share of time left for training."""
+    with tempfile.TemporaryDirectory() as folder:
+        script("ddk", folder, "--steps", "0")
+        found = [script("ddk", folder, "--steps", "150", "--save-every", "1000", "--eval-every", "1000")[1] for _ in range(rounds)]
+    times = {"ours": [r["seconds"] for r in found], "no_looks": [r["seconds"] - r["gap_seconds"] for r in found]}
+    row(rows, "ddk_overhead", "no_looks", times)
+
+
+def bench_lessons(rows):
+    """Each script with its defaults, start to end, the tiny worlds being there."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in SCRIPTS:
+            script(name, folder, "--steps", "0", *(["--budget", "32"] if name == "gold" else []))  # builds what is missing
+            seconds, _ = script(name, folder)
+            rows.append({"work": f"lesson_{name}", "contender": "ours", "seconds": round(seconds, 1)})
+            print(f"lesson_{name:<15} python {name}.py: {seconds:.0f} s", flush=True)
+
+
 MEMORY = """
 import sys; sys.path.insert(0, "tests"); import bench, common, torch
 side, vocab = sys.argv[1], 152_000
@@ -374,38 +487,80 @@ def bench_memory(rows):
         print("loss_memory_v152k      not measured: needs Linux")
         return
     extra = {side: float(subprocess.run([sys.executable, "-c", MEMORY, side], capture_output=True, text=True, check=True,
-                                        cwd=Path(__file__).parents[1]).stdout.split()[-1]) for side in ("ours", "textbook")}
+                                        cwd=ROOT).stdout.split()[-1]) for side in ("ours", "textbook")}
     rows.append({"work": "loss_memory_v152k", "contender": "ours", "baseline": "textbook",
                  "ratio": round(extra["textbook"] / max(extra["ours"], 1e-3), 2),
                  "ours_gib": round(extra["ours"], 3), "baseline_gib": round(extra["textbook"], 3)})
     print(f"loss_memory_v152k      against textbook   {rows[-1]['ratio']:6.2f}x   {extra['ours']:.2f} GiB against {extra['textbook']:.2f} GiB")
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# The README's tables
+# ---------------------------------------------------------------------------------------------------------------
+WORKS = {
+    **{f"kd_{part}_{v}_{kind}": f"{what}, V = {n}, {dtype}" for part, what in (("step", "KD step"), ("head", "its head and loss alone"))
+       for v, n in (("v32k", "32,000"), ("v4k", "4,000")) for kind, dtype in (("fp32", "fp32"), ("bf16", "bf16"))},
+    "loss_memory_v152k": "extra memory of the loss, V = 152,000",
+    "epoch2_cached": "second epoch, teacher's states remembered",
+    "sample_b64": "sampling 64 responses, none ends before its 64 tokens",
+    "sample_b64_ragged": "the same, ending after about 30 tokens each",
+    "llmr_update": "LLMR update", "dpkd_step": "DPKD step, pairs given", "gold_round": "GOLD, 16 texts of one round",
+    "ddk_overhead": "DDK, with its looks at the gaps",
+}
+RIVALS = {"textbook": "textbook loop", "trl_gkd": "TRL GKDTrainer's loss", "trl_chunked": "TRL DistillationTrainer's loss",
+          "liger": "Liger-Kernel's fused loss", "epoch1": "first epoch", "generate": "`generate`",
+          "official_way": "the official code's way", "one_by_one": "`generate`, prompt by prompt", "no_looks": "without them"}
+SCRIPTS = ("kd_forward", "llmr", "dpkd", "gold", "ddk")
+
+
+def readme_tables(found):
+    """The text between the marks in README.md, made from a --json file."""
+    lines = [f"{found['machine']}, {found['threads']} threads, transformers {found['transformers']}, commit {found['commit']}:", "",
+             "| work | against | ratio (lowest to highest) | ours | theirs |", "|---|---|---|---|---|"]
+    for r in sorted((r for r in found["rows"] if r["work"] in WORKS), key=lambda r: list(WORKS).index(r["work"])):
+        spread = f" ({r['lowest']:.2f} to {r['highest']:.2f})" if "lowest" in r else ""
+        ours, theirs = ((f"{r[k]:.0f} ms" if (k := f"{side}_ms") in r else f"{r[f'{side}_gib']:.2f} GiB") for side in ("ours", "baseline"))
+        lines.append(f"| {WORKS[r['work']]} | {RIVALS[r['baseline']]} | {r['ratio']:.2f}{spread} | {ours} | {theirs} |")
+    took = {r["work"]: r["seconds"] for r in found["rows"] if "seconds" in r}
+    if took:
+        lines += ["", "Start to end, defaults, tiny worlds built before: " +
+                  ", ".join(f"`{name}.py` {took[f'lesson_{name}']:.0f} s" for name in SCRIPTS if f"lesson_{name}" in took) + "."]
+    return "\n".join(lines)
+
+
+def update_readme():
+    path, new = ROOT / "README.md", readme_tables(json.loads((ROOT / "assets/bench.json").read_text()))
+    path.write_text(re.sub(r"(<!-- table bench -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{new}\n{m[2]}", path.read_text(), flags=re.S))
+
+
 def main():
+    parts = {"kd_step": None, "sample": bench_sample, "llmr": bench_llmr, "dpkd": bench_dpkd, "gold": bench_gold, "cache": bench_cache,
+             "ddk": bench_ddk, "memory": lambda rows, _: bench_memory(rows), "lessons": lambda rows, _: bench_lessons(rows)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", default="")
-    parser.add_argument("--only", nargs="*", default=["kd_step", "sample", "llmr", "cache", "memory"])
+    parser.add_argument("--json", default="", help="write the rows there, too")
+    parser.add_argument("--only", nargs="*", choices=list(parts), default=list(parts))
+    parser.add_argument("--readme", action="store_true")
     args = parser.parse_args()
+    if args.readme:
+        return update_readme()
     rows = []
-    if "kd_step" in args.only:
-        rivals = peers()
-        for vocab, label in ((4000, "v4k"), (32000, "v32k")):
-            for dtype, kind in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-                bench_kd_step(rows, args.rounds, vocab, dtype, f"kd_step_{label}_{kind}", rivals)
-                gc.collect()
-    if "sample" in args.only:
-        bench_sample(rows, args.rounds)
-    if "llmr" in args.only:
-        bench_llmr(rows, args.rounds)
-    if "cache" in args.only:
-        bench_cache(rows, args.rounds)
-    if "memory" in args.only:
-        bench_memory(rows)
+    for part in args.only:
+        if part == "kd_step":
+            rivals = peers()
+            for vocab, label in ((4000, "v4k"), (32000, "v32k")):
+                for dtype, kind in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+                    bench_kd_step(rows, args.rounds, vocab, dtype, f"kd_step_{label}_{kind}", rivals)
+        else:
+            parts[part](rows, args.rounds)
+        gc.collect()
+    if DEVICE.type == "cpu":
+        print("GPU rows: not measured, no GPU here (python tests/gpu.py where there is one)")
     if args.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'no GPU'}, torch {torch.__version__}"
-        Path(args.json).write_text(json.dumps({"machine": machine, "commit": commit, "gate": "passed", "rows": rows}, indent=1))
+        Path(args.json).write_text(json.dumps({"machine": machine, "threads": torch.get_num_threads(), "commit": commit,
+                                               "transformers": transformers.__version__, "gate": "passed", "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -92,6 +92,12 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "uniform-late": ("ddk.py --student out/results/uniform-{seed}/student --mix uniform", [], 3),
     },
 }
+for name in ("mild", "alike"):  # other sets of domains (assets/world3.py): gaps that start small, gaps that are alike
+    on = " ".join(f"--{role} out/worlds/{name}-{{seed}}/{role}" for role in ("data", "teacher", "student"))
+    TABLES[f"ddk-{name}"] = {
+        name: (f"ddk.py {on}", [f"{name}-natural", f"{name}-uniform", f"{name}-no-smoothing"], 3),
+        **{f"{name}-{mix}": (f"ddk.py {on} --mix {mix}", [], 3) for mix in ("natural", "uniform", "no-smoothing")},
+    }
 PLAIN = "--control plain --select none"
 TABLES["gold"] = {  # reviews of world 2, each seed with its own LLM
     "gold": ("gold.py", ["gold-plain", "gold-ood", "gold-random", "gold-top", "gold-t1"], 5),
@@ -118,10 +124,11 @@ MATCHED = {  # table: {row: controls whose curve over T it is held against, at i
     "llmr-mid": {row: ["kl-mid", "seqkd-mid"] for row in ("llmr-mid", "llmr-mid-lr1e-3")},
 }
 ROWS = {row: what for table in TABLES.values() for row, what in table.items()}
-README = {"ddk": ["worst_gap", "mean_gap", "mean_ce"], "gold": GOLD, "gold-sums": GOLD}  # columns there, if not these:
+DDK = ["worst_gap", "mean_gap", "mean_ce"]
+README = {"ddk": DDK, "ddk-mild": DDK, "ddk-alike": DDK, "gold": GOLD, "gold-sums": GOLD}  # columns there, if not these:
 COLUMNS = ["kl_pq", "kl_qp", "valid", "valid_greedy", "mode_distance", "entropy"]
 SHOWN = ["kl_pq", "kl_qp", "valid", "valid_mass", "valid_greedy", "mode_distance", "entropy", "rouge_l", "ce",
-         "worst_gap", "mean_gap", "mean_ce", "gap_code", "gap_csv", "gap_json", "gap_log", "gap_noise", "gap_prose", *GOLD]
+         "worst_gap", "mean_gap", "mean_ce", "gap_code", "gap_csv", "gap_json", "gap_log", "gap_noise", "gap_prose", "gap_arith", "gap_copy", *GOLD]
 CURVE = ["kl_pq", "kl_qp", "valid", "mode_distance", "entropy", "fresh_margin", "fresh_nll_t", "fresh_nll_s"]  # validation
 TRAIN = ["margin", "nll_t", "nll_s", "norm_preference", "norm_anchor", "advantage", "length"]  # training batches, where the method logs them
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t, two-sided
@@ -139,7 +146,10 @@ def run(row, seed):
     for start in re.findall(r"out/results/([\w-]+)-\{seed\}/", ROWS[row][0]):  # its record may be committed, it is not
         if not (ROOT / f"out/results/{start}-{seed}/student").exists():
             run(start, seed)
-    command = ROWS[row][0].format(seed=seed) + f" --data tiny:{seed} --seed {seed}"
+    for world in set(re.findall(r"out/worlds/(\w+)-\{seed\}/", ROWS[row][0])):
+        if not (ROOT / f"out/worlds/{world}-{seed}").exists():
+            subprocess.run([sys.executable, "-m", "assets.world3", world, str(seed), f"out/worlds/{world}-{seed}"], cwd=ROOT, check=True)
+    command = ROWS[row][0].format(seed=seed) + ("" if "--data" in ROWS[row][0] else f" --data tiny:{seed}") + f" --seed {seed}"
     out = ROOT / "out" / "results" / f"{row}-{seed}"
     print(f"python {command}", flush=True)
     subprocess.run([sys.executable, *command.split(), "--out", str(out), "--overwrite"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
