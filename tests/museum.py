@@ -305,7 +305,7 @@ def outcomes(tree, names):
                         self.found[name] = call.excinfo.typename if call.excinfo else "passed"
                 return report
         nodes = sorted({"tests/test_" + n.replace("::", ".py::test_") for n in names})
-        pytest.main(["-q", "-p", "no:cacheprovider", *(["-x"] if len(nodes) == 1 else []), *nodes], plugins=[Watch()])
+        pytest.main(["-q", "-o", "addopts=", "-p", "no:cacheprovider", *(["-x"] if len(nodes) == 1 else []), *nodes], plugins=[Watch()])
         return json.dumps(Watch.found)
     said = child(job, 120 * len(names))
     return json.loads(said) if said.startswith("{") else {"": said}

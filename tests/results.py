@@ -85,6 +85,8 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "static": ("ddk.py --mix static --shares out/results/ddk-{seed}/result.json", ["uniform"], 5),
         "alpha-8": ("ddk.py --alpha 0.8", ["ddk"], 3),
         "alpha-1": ("ddk.py --alpha 1", ["ddk"], 3),
+        "interval-10": ("ddk.py --interval 10", ["ddk"], 3),
+        "interval-150": ("ddk.py --interval 150", ["ddk"], 3),
         "ddk-ce": ("ddk.py --gamma 0", ["ddk", "uniform-ce"], 3),
         "uniform-ce": ("ddk.py --mix uniform --gamma 0", ["uniform"], 3),
         # from students whose gaps are small and alike already
@@ -266,13 +268,17 @@ def table(records, name, columns):
     seeds = {row: sorted(s for r, s in records if r == row) for row in ROWS}
     shown = lambda values: "{:.3f} ± {:.3f}".format(*mean_sd(values)) if all(v == v for v in values) else ""
     show = lambda row, which: [shown([value(row, s, f"{which}.{k}") for s in seeds[row]]) for k in columns]
-    lines += ["| row | command | seeds | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 3)]
+    cost = lambda row: [f"{mean_sd([value(row, s, key) for s in seeds[row]])[0]:.{digits}f}" for key, digits in (("seconds", 0), ("peak_gib", 2))]
+    lines += ["| row | command | seeds | " + " | ".join([*columns, "seconds", "GiB"]) + " |", "|" + "---|" * (len(columns) + 5)]
     for which, title in (("teacher", "teacher"), ("before", "student, start")):
         if seeds[first := next(iter(rows))]:
-            lines.append(f"| {title} | `--steps 0` | {len(seeds[first])} | " + " | ".join(show(first, which)) + " |")
+            lines.append(f"| {title} | `--steps 0` | {len(seeds[first])} | " + " | ".join([*show(first, which), "", ""]) + " |")
     for row, (command, _, _) in rows.items():
         if seeds[row]:
-            lines.append(f"| {row} | `python {command.replace('{seed}', 'N')}` | {len(seeds[row])} | " + " | ".join(show(row, "after")) + " |")
+            lines.append(f"| {row} | `python {command.replace('{seed}', 'N')}` | {len(seeds[row])} | " + " | ".join(show(row, "after") + cost(row)) + " |")
+    made = sorted({f"{key} {r[key]}" for (row, _), r in records.items() if row in rows for key in ("python", "torch", "transformers")})
+    commits = sorted({r["commit"] for (row, _), r in records.items() if row in rows})
+    lines += ["", f"Seconds and peak memory: means over the seeds, one thread, other work beside them. {', '.join(made)}; commits {', '.join(commits)}."]
     lines += ["", "Paired differences, with 95 % intervals (Student's t over seeds):", "",
               "| row - control | seeds | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 2)]
     for row, (_, controls, _) in rows.items():

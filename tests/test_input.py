@@ -312,6 +312,7 @@ def script(cfg, *more):
     return [sys.executable, str(ROOT / "kd_forward.py"), *flags(cfg), *more]
 
 
+@pytest.mark.slow
 def test_exit_status_and_one_line_on_stderr(config, tmp_path):
     done = subprocess.run(script(config(data="absent.jsonl")), capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr == "error: --data absent.jsonl: no such file\n"
@@ -331,6 +332,7 @@ def lines_of(command, cwd, last):
     return process, seen, watchdog
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_resume_goes_on(config, tmp_path):
     cfg = config("llama", steps=3000, eval_every=100000, save_every=100000, log_every=10)
     process, _, watchdog = lines_of(script(cfg), tmp_path, "step    20/")

@@ -16,6 +16,7 @@ from torchrun_worker import greedy
 
 import common
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 RUNS = {  # script: settings of its run; nothing that depends on the noise of a sampler
