@@ -77,6 +77,12 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "token": ("dpkd.py --level token --beta 0.1 --preference 0.5", ["seqkd"], 3),
         "token-alone": ("dpkd.py --level token --beta 0.1 --preference 0.5 --anchor 0", ["token"], 3),
     },
+    "starts": {  # what is missing for every method from either start: supervised (tiny) and KL-distilled (tiny-kl)
+        "llmr-sft": ("llmr.py --student tiny", ["sft", "seqkd"], 3),
+        "reverse-kl-late": ("dpkd.py --level reverse_kl --student tiny-kl --steps 300 --lr 3e-4", ["kl-more"], 3),
+        "dpkd-late": ("dpkd.py --student tiny-kl --steps 300 --lr 3e-4", ["kl-more", "reverse-kl-late"], 3),
+        "sft-late": ("kd_forward.py --student tiny-kl --alpha 0 --steps 300 --lr 3e-4", ["kl-more"], 3),
+    },
     "ddk": {  # seed N: teacher and student of world 3, number N, equal tokens
         "ddk": ("ddk.py", ["natural", "uniform", "static", "no-smoothing"], 5),
         "natural": ("ddk.py --mix natural", [], 5),
@@ -124,6 +130,13 @@ GOLD = ["accuracy", "accuracy_uniform", "accuracy_tail", "modes", "tail_mass", "
 MATCHED = {  # table: {row: controls whose curve over T it is held against, at its own entropy and mode distance}
     "llmr": {row: ["kl-more", "seqkd-more"] for row in ("llmr", "llmr-100", "llmr-50", "llmr-25", "llmr-value", "llmr-others")},
     "llmr-mid": {row: ["kl-mid", "seqkd-mid"] for row in ("llmr-mid", "llmr-mid-lr1e-3")},
+}
+STARTS = {  # the table of all methods: start, then method: row
+    "start: supervised": {"SFT": "sft", "KD": "kd", "SeqKD": "seqkd", "KD on teacher text": "kd-teacher", "reverse KL on own text": "reverse-kl",
+                          "DPKD": "dpkd", "DPKD without anchor": "dpkd-alone", "DPKD, stale negatives": "frozen-b01",
+                          "DPKD, released token form": "token", "LLMR": "llmr-sft"},
+    "start: KL-distilled": {"SFT": "sft-late", "KD on teacher text": "kl-more", "SeqKD": "seqkd-more", "reverse KL on own text": "reverse-kl-late",
+                            "DPKD": "dpkd-late", "LLMR": "llmr"},
 }
 ROWS = {row: what for table in TABLES.values() for row, what in table.items()}
 DDK = ["worst_gap", "mean_gap", "mean_ce"]
@@ -290,6 +303,26 @@ def table(records, name, columns):
     return "\n".join(lines + matched_table(records, name))
 
 
+def summary(records):
+    """All methods with one ruler, from the two starts, on the seeds that all of these rows have."""
+    lines = ["| method | command | " + " | ".join(["right (`valid`)", "greedy", "`kl_pq`", "`kl_qp`", "`mode_distance`", "`entropy`", "seconds"]) + " |",
+             "|" + "---|" * 9]
+    keys = ("valid", "valid_greedy", "kl_pq", "kl_qp", "mode_distance", "entropy")
+    cells = lambda which, row, seeds: [f"{mean_sd(v)[0]:.{2 if k.startswith('kl') else 3}f}" if all(x == x for x in v) else ""
+                                       for k in keys for v in [[records[row, s]["result"].get(f"{which}.{k}", float("nan")) for s in seeds]]]
+    for title, methods in STARTS.items():
+        rows = [r for r in methods.values() if any((r, s) in records for s in SEEDS)]
+        seeds = [s for s in SEEDS if all((r, s) in records for r in rows)]
+        for which, name in (("teacher", "teacher"), ("before", f"**{title}**, seeds {seeds[0]} to {seeds[-1]}")):
+            if which == "before" or title == next(iter(STARTS)):
+                lines.append(f"| {name} | | " + " | ".join([*cells(which, rows[0], seeds), ""]) + " |")
+        for name, row in methods.items():
+            if row in rows:
+                took = mean_sd([records[row, s]["result"]["seconds"] for s in seeds])[0]
+                lines.append(f"| {name} | `{ROWS[row][0]}` | " + " | ".join([*cells("after", row, seeds), f"{took:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
 def update_readme(records):
     """Write the tables of the README between their marks, from the committed records."""
     path = ROOT / "README.md"
@@ -297,6 +330,7 @@ def update_readme(records):
     for name in TABLES:
         new = table(records, name, README.get(name, COLUMNS))
         text = re.sub(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", lambda m, new=new: f"{m[1]}{new}\n{m[2]}", text, flags=re.S)
+    text = re.sub(r"(<!-- table summary -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{summary(records)}\n{m[2]}", text, flags=re.S)
     path.write_text(text)
 
 
@@ -324,6 +358,7 @@ def main():
                     records[row, seed] = run(row, seed)
                     with open(FILE, "a") as f:
                         f.write(json.dumps(records[row, seed]) + "\n")
+    print(f"\n### summary\n\n{summary(records)}")
     for name in TABLES:
         print(f"\n### {name}\n\n{table(records, name, SHOWN)}")
     if args.readme:
