@@ -34,6 +34,7 @@ SETS = {  # of the results' controls: thousand characters, and on which shares i
     "alike": (dict(code=2200, prose=1200, arith=120, copy=120, log=120, noise=240),
               "code=.30,prose=.30,arith=.10,copy=.10,log=.10,noise=.10",
               "code=.55,prose=.30,arith=.03,copy=.03,log=.03,noise=.06"),
+    "same": ({f"code-{i}": 300 for i in range(1, 7)}, *2 * [",".join(f"code-{i}={1 / 6:.4f}" for i in range(1, 7))]),
 }
 NAMES = "ada ben cleo dan eve finn gwen hugo iris jack kim leo".split()
 PLACES = "oslo rome lima cairo paris tokyo berlin madrid".split()
@@ -126,7 +127,7 @@ def corpus(sizes=SIZES):
     out = {}
     for name, size in sizes.items():
         room, out[name] = 1000 * size, []
-        for text in streams[name]:
+        for text in streams[name.partition("-")[0]]:  # code-1, code-2: parts of the same
             out[name].append(text)
             room -= len(text)
             if room < 0:

@@ -100,7 +100,7 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "uniform-late": ("ddk.py --student out/results/uniform-{seed}/student --mix uniform", [], 3),
     },
 }
-for name in ("mild", "alike"):  # other sets of domains (assets/world3.py): gaps that start small, gaps that are alike
+for name in ("mild", "alike", "same"):  # other sets of domains (assets/world3.py): small gaps, more alike ones, equal ones
     on = " ".join(f"--{role} out/worlds/{name}-{{seed}}/{role}" for role in ("data", "teacher", "student"))
     TABLES[f"ddk-{name}"] = {
         name: (f"ddk.py {on}", [f"{name}-natural", f"{name}-uniform", f"{name}-no-smoothing"], 3),
@@ -140,7 +140,7 @@ STARTS = {  # the table of all methods: start, then method: row
 }
 ROWS = {row: what for table in TABLES.values() for row, what in table.items()}
 DDK = ["worst_gap", "mean_gap", "mean_ce"]
-README = {"ddk": DDK, "ddk-mild": DDK, "ddk-alike": DDK, "gold": GOLD, "gold-sums": GOLD}  # columns there, if not these:
+README = {"ddk": DDK, "ddk-mild": DDK, "ddk-alike": DDK, "ddk-same": DDK, "gold": GOLD, "gold-sums": GOLD}  # columns there, if not these:
 COLUMNS = ["kl_pq", "kl_qp", "valid", "valid_greedy", "mode_distance", "entropy"]
 SHOWN = ["kl_pq", "kl_qp", "valid", "valid_mass", "valid_greedy", "mode_distance", "entropy", "rouge_l", "ce",
          "worst_gap", "mean_gap", "mean_ce", "gap_code", "gap_csv", "gap_json", "gap_log", "gap_noise", "gap_prose", "gap_arith", "gap_copy", *GOLD]
