@@ -286,7 +286,7 @@ def train(cfg):
             run.log(step, loss=loss, ce=ce, kl=kl, grad_norm=grad_norm.item(), lr=lr, tokens=n_tokens)
         run.end_step(step + 1, student=student, optimizer=optimizer, mix=mix)
 
-    if steered and rho.min() < 1:  # legal; Eq. 2 looks at differences only
+    if steered and domain_gap(student_ce, teacher_ce).min() < 1:  # legal; Eq. 2 looks at differences only
         run.print("a gap below 1: the student is ahead of the teacher in that domain")
     report = {"teacher": metrics(data.names, teacher_test, teacher_test)} if teacher else {}
     after = metrics(data.names, domain_ce(student, data.test, cfg), teacher_test, mix.total / max(1, cfg.steps))

@@ -317,7 +317,9 @@ def metrics(task, texts, rows):
     m = {"rouge_l" if task["metric"] == "rouge_l" else "accuracy": float(scores @ weights / weights.sum())}
     if all("tail" in r for r in rows):
         tail = np.array([r["tail"] for r in rows])
-        m |= {"accuracy_uniform": float(scores.mean()), "accuracy_tail": float(scores[tail].mean())}
+        m["accuracy_uniform"] = float(scores.mean())
+        if tail.any():
+            m["accuracy_tail"] = float(scores[tail].mean())
     return m
 
 

@@ -349,6 +349,10 @@ def test_a_resumed_run_ends_bit_by_bit_where_it_would_have_ended(cfg, mix, resum
     resumes_bitwise(ddk.train, cfg(mix=mix, steps=9, save_every=5), died=7)
 
 
+def test_a_run_resumes_after_its_last_look_at_the_gaps(cfg, resumes_bitwise):
+    resumes_bitwise(ddk.train, cfg(interval=6, steps=9, save_every=7), died=8)
+
+
 def test_accumulation_in_the_script_itself(cfg, tmp_path):
     norms = []
     for accum in (1, 2, 6):

@@ -370,3 +370,12 @@ def test_unusable_texts_are_asked_for_again_and_counted(gold_config, monkeypatch
     gold.train(cfg)
     last = [json.loads(x) for x in open(f"{cfg.out}/log.jsonl") if "asked" in x][-1]
     assert last["samples"] == 48 and last["asked"] > 1.2
+
+
+@pytest.mark.filterwarnings("error")  # a mean over nothing
+def test_a_handful_of_test_rows_need_not_hold_a_rare_topic():
+    rows = [{"references": ["good"], "weight": 0.5, "tail": False}, {"references": ["bad"], "weight": 1.5, "tail": False}]
+    task = {"metric": "accuracy"}
+    assert common.task_metrics(task, ["good", "good"], rows) == {"accuracy": 0.25, "accuracy_uniform": 0.5}
+    found = common.task_metrics(task, ["good", "good"], [rows[0], {**rows[1], "tail": True}])
+    assert found["accuracy_tail"] == 0
