@@ -323,15 +323,12 @@ def summary(records):
     return "\n".join(lines)
 
 
-def update_readme(records):
-    """Write the tables of the README between their marks, from the committed records."""
-    path = ROOT / "README.md"
-    text = path.read_text()
-    for name in TABLES:
-        new = table(records, name, README.get(name, COLUMNS))
+def with_tables(text, records):
+    """The README with the tables between their marks made anew from the records."""
+    made = {name: table(records, name, README.get(name, COLUMNS)) for name in TABLES} | {"summary": summary(records)}
+    for name, new in made.items():
         text = re.sub(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", lambda m, new=new: f"{m[1]}{new}\n{m[2]}", text, flags=re.S)
-    text = re.sub(r"(<!-- table summary -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{summary(records)}\n{m[2]}", text, flags=re.S)
-    path.write_text(text)
+    return text
 
 
 def main():
@@ -362,7 +359,7 @@ def main():
     for name in TABLES:
         print(f"\n### {name}\n\n{table(records, name, SHOWN)}")
     if args.readme:
-        update_readme(records)
+        (ROOT / "README.md").write_text(with_tables((ROOT / "README.md").read_text(), records))
 
 
 if __name__ == "__main__":

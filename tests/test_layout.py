@@ -66,6 +66,22 @@ def test_files_named_in_the_readme_exist():
         assert (ROOT / name).exists(), name
 
 
+def test_what_the_readme_tells_to_run_exists():
+    for name in set(re.findall(r"python ((?:tests|assets)/\w+\.py)", README)):
+        assert (ROOT / name).exists(), name
+    for name in set(re.findall(r"python -m (assets[\w.]+)", README)):
+        assert (ROOT / f"{name.replace('.', '/')}.py").exists(), name
+
+
+def test_tables_of_the_readme_are_made_from_the_committed_runs():
+    import bench
+    import results
+    marks = set(re.findall(r"<!-- table (.+) -->", README))
+    assert marks == {*results.TABLES, "summary", "bench"}
+    assert README == results.with_tables(README, results.load()), "python tests/results.py --print --readme"
+    assert README == bench.with_table(README), "python tests/bench.py --readme"
+
+
 def test_requirements_have_lower_and_upper_bounds():
     lines = (ROOT / "requirements.txt").read_text().split("\n")
     names = [re.match(r"(\w+)>=[\d.]+,<\d+", line)[1] for line in lines if line and not line.startswith("#")]
