@@ -37,6 +37,7 @@ from assets import domains
 from assets.metrics import bleu, distinct, rouge_l
 from assets.plumbing import BadInput, Run, RunFailed, check_settings, compute_dtype, main, parse_args  # noqa: F401
 from assets.processes import from_zero, noise_seed, processes, reduce_gradients, total, zero_first  # noqa: F401
+from assets.sampling import gumbel, roomy_cache
 from assets.tasks import Pool, Writer, census, check_labels, load_task, pick_shots, row_reader, student_row  # noqa: F401
 from assets.tasks import metrics as task_metrics  # noqa: F401
 
@@ -681,7 +682,7 @@ def _sample_batch(model, prompts, max_new, temperature, top_k, generator, eos, c
     at = torch.arange(P, device=device)
     mask = (at < n[:, None] if encdec else at >= P - n[:, None]).long()  # (B,P)
     config, room = model.config.get_text_config(decoder=True), 64 * math.ceil(((0 if encdec else P) + max_new) / 64)
-    cache = StaticCache(config=config, max_cache_len=room) if static else DynamicCache(config=config)
+    cache = StaticCache(config=config, max_cache_len=room) if static else roomy_cache(config)
     tokens, memory, positions, attend = prompt, None, None, None
     if encdec:  # the encoder runs once
         memory = model.get_encoder()(input_ids=prompt, attention_mask=mask)[0]
@@ -706,10 +707,7 @@ def _sample_batch(model, prompts, max_new, temperature, top_k, generator, eos, c
             ordered, at_token = logits.sort(-1, descending=True)
             before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
             logits = logits.scatter(-1, at_token, ordered.masked_fill(before >= top_p, -math.inf))
-        noise = 0.0
-        if temperature > 0:  # Gumbel(0,1) = -log(Exponential(1)); clamped, for an exponential of 0 would be infinite
-            noise = -torch.empty_like(logits).exponential_(generator=generator).clamp_(min=1e-30).log_()
-        token = (logits + noise).argmax(-1)  # (B,)
+        token = (logits + gumbel(logits, generator) if temperature > 0 else logits).argmax(-1)  # (B,)
         out[alive, t], logprobs[alive, t] = torch.where(done, eos, token), log_softmax_at(logits, token)
         done, tokens, positions = done | (token == eos), token[:, None], None if encdec else n[:, None] + t
         if static:

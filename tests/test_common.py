@@ -3,9 +3,11 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import KINDS
+import transformers
+from conftest import KINDS, small_config
 
 import common
+from assets import sampling
 from common import Example
 
 CPU = torch.device("cpu")
@@ -248,3 +250,26 @@ def test_another_teacher_never_meets_the_cache(pair):
     with torch.no_grad():
         next(a.parameters()).add_(0.01)
     assert before != common.fingerprint(a)
+
+
+# ---- what makes sampling faster changes no number -------------------------------------------------------------------
+def test_noise_is_that_of_exponential():
+    like = torch.empty(7, 501)
+    plain = torch.empty_like(like).exponential_(generator=torch.Generator().manual_seed(3)).clamp(min=1e-30).log().neg()
+    assert torch.equal(sampling.gumbel(like, torch.Generator().manual_seed(3)), plain)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_a_roomy_cache_changes_no_sample(kind, monkeypatch):
+    torch.manual_seed(0)
+    auto = transformers.AutoModelForSeq2SeqLM if kind == "t5" else transformers.AutoModelForCausalLM
+    model = auto.from_config(small_config(kind, 32, 40)).eval()
+    model.vocab = 40
+    prompts = [list(range(2, 3 + n)) for n in (1, 4, 9, 2, 7, 3)]
+    made = lambda: common.sample(model, prompts, 40, seed=2, eos=1)  # rows end at different times and leave
+    monkeypatch.setattr(sampling, "STEP", 3)  # room is added often
+    roomy = made()
+    assert len({len(r) for r in roomy[0]}) > 2
+    monkeypatch.setattr(common, "roomy_cache", lambda config: transformers.DynamicCache(config=config))
+    plain = made()
+    assert roomy[0] == plain[0] and all(torch.equal(a, b) for a, b in zip(roomy[1], plain[1]))

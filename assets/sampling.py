@@ -1,0 +1,45 @@
+"""Two things that make sampling on a CPU faster and change no number: room for keys and values, and cheaper noise.
+
+transformers' DynamicLayer appends by torch.cat: every token costs a copy of all before it. Here layers write into room
+that is already there. A reader may skip this file.
+"""
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+STEP = 64  # tokens of room that are added at a time
+
+
+class RoomyLayer(DynamicLayer):
+    room = None  # [keys, values], (B,heads,more than enough,D); self.keys and self.values are views of its beginning
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        begin = self.get_seq_length()
+        if not begin:  # the prompt
+            return super().update(key_states, value_states, *args, **kwargs)
+        new, end = (key_states, value_states), begin + key_states.shape[-2]
+        # rows that left (batch_select_indices) took self.keys out of the room, so it is made anew
+        if self.room is None or len(self.room[0]) != len(key_states) or self.room[0].shape[-2] < end:
+            self.room = [x.new_empty(*x.shape[:-2], end + STEP, x.shape[-1]) for x in new]
+            for room, old in zip(self.room, (self.keys, self.values)):
+                room[..., :begin, :] = old
+        for room, x in zip(self.room, new):
+            room[..., begin:end, :] = x
+        self.keys, self.values = (room[..., :end, :] for room in self.room)
+        return self.keys, self.values
+
+
+def roomy_cache(config):
+    """A DynamicCache whose plain layers (not those with a sliding window) are roomy."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def gumbel(like, generator):
+    """Gumbel(0,1) = -log(Exponential(1)) noise of that shape; clamped, for an exponential of 0 would be infinite."""
+    if like.device.type == "cpu":  # bit by bit what exponential_ draws there, in a third of the time
+        noise = torch.rand(like.shape, generator=generator, dtype=torch.float64).neg_().log1p_().neg_().to(like.dtype)
+    else:
+        noise = torch.empty_like(like).exponential_(generator=generator)
+    return noise.clamp_(min=1e-30).log_().neg_()
