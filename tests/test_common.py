@@ -1,6 +1,5 @@
 """Batches, masks, head primitives and sampler: what every method stands on."""
 import dataclasses
-import statistics
 
 import pytest
 import torch
@@ -267,8 +266,8 @@ def test_a_roomy_cache_changes_no_sample(kind, monkeypatch):
     model = auto.from_config(small_config(kind, 32, 40)).eval()
     model.vocab = 40
     prompts = [list(range(2, 3 + n)) for n in (1, 4, 9, 2, 7, 3)]
-    eos = statistics.mode(common.sample(model, prompts, 40, seed=1, eos=1)[0][0])
-    made = lambda: common.sample(model, prompts, 40, seed=2, eos=eos)  # rows end at different times and leave
+    hot = 100.0 if kind == "t5" else 1.0  # small random T5s repeat themselves
+    made = lambda: common.sample(model, prompts, 40, hot, seed=2, eos=1)  # rows end at different times and leave
     monkeypatch.setattr(sampling, "STEP", 3)  # room is added often
     roomy = made()
     assert len({len(r) for r in roomy[0]}) > 2
