@@ -37,7 +37,7 @@ from assets import domains
 from assets.metrics import bleu, distinct, rouge_l
 from assets.plumbing import BadInput, Run, RunFailed, check_settings, compute_dtype, main, parse_args  # noqa: F401
 from assets.processes import from_zero, noise_seed, processes, reduce_gradients, total, zero_first  # noqa: F401
-from assets.sampling import gumbel, roomy_cache
+from assets.speed import gumbel, recompute, roomy_cache
 from assets.tasks import Pool, Writer, census, check_labels, load_task, pick_shots, row_reader, student_row  # noqa: F401
 from assets.tasks import metrics as task_metrics  # noqa: F401
 
@@ -124,6 +124,8 @@ def load_pair(cfg, device, same_tokens=True, world="worlds"):
     """
     paths = [resolve(getattr(cfg, role), role, cfg.data, world) for role in ("student", "teacher")]
     tokenizer, student = load_tokenizer(paths[0], "student"), load_model(paths[0], device, seed=cfg.seed)
+    if cfg.recompute:
+        recompute(student)
     if cfg.teacher == "none":
         return student, None, tokenizer
     teacher = load_model(paths[1], device, compute_dtype(cfg, device), "teacher", device_map=cfg.teacher_device_map)
@@ -462,8 +464,9 @@ def response_states(model, compiled=False):
     """A function batch -> (R,H): the hidden states from which the output head predicts the response tokens.
 
     Decoder-only models run right-padded and without a mask: a causal model never looks to the right, and without
-    a mask the fast attention kernels serve. T5 scales the states before a tied head; that is done here.
-    """
+    a mask the fast attention kernels serve. T5 scales the states before a tied head; that is done here. Under autocast
+    states have its dtype: after a final norm with fp32 weights they have not, and the head would run in fp32."""
+    device = model.device.type
     if model.config.is_encoder_decoder:
         scale = state_scale(model)
 
@@ -475,7 +478,11 @@ def response_states(model, compiled=False):
         def body(tokens, mask, decoder_tokens):
             return model.base_model(input_ids=tokens, use_cache=False)[0]
     body = try_compile(body, dynamic=False) if compiled else body
-    return lambda batch: body(batch.tokens, batch.mask, batch.decoder_tokens).flatten(0, 1)[batch.rows]
+
+    def states(batch):
+        rows = body(batch.tokens, batch.mask, batch.decoder_tokens).flatten(0, 1)[batch.rows]
+        return rows.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else rows
+    return states
 
 
 def state_scale(model):
@@ -515,8 +522,9 @@ def head_logits(model, hidden):
 
 
 def chunks(rows, vocab, device):
-    """Slices of rows whose fp32 logits take about 32 MB on a CPU (near the cache) or 1 GB on a GPU."""
-    size = max(1, (2**30 if device.type == "cuda" else 2**25) // (4 * vocab))
+    """Equal slices of rows whose fp32 logits take at most 16 MB on a CPU (near the cache) or 1 GB on a GPU."""
+    most = max(1, (2**30 if device.type == "cuda" else 2**24) // (4 * vocab))
+    size = math.ceil(rows / math.ceil(rows / most)) if rows else 1
     return [slice(i, i + size) for i in range(0, max(1, rows), size)]
 
 

@@ -100,6 +100,7 @@ class Config:
     device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"              # float32 or bfloat16 for activations and teacher; the student's weights stay fp32
     compile: bool = torch.cuda.is_available()  # torch.compile: minutes at the start, faster steps; for long runs
+    recompute: bool = False          # forget activations, compute them again for the gradient: less memory, slower
     out: str = ""                    # directory of this run; empty: out/<script and changed settings>
     resume: bool = False             # go on from the last checkpoint
     overwrite: bool = False          # delete an earlier run in the same directory first
@@ -199,8 +200,7 @@ def train(cfg):
         logq_t, logq_s = (logprobs(student, part, "student") for part in (held_t, held_s))
         margin = preference_loss(logq_t, held_logp_t, logq_s, logprobs(teacher, held_s, "teacher"), n_t, n_s,
                                  cfg.beta, cfg.length_norm)[1]
-        means = (x.mean().item() for x in (margin, -logq_t, -logq_s))
-        return dict(zip(("fresh_margin", "fresh_nll_t", "fresh_nll_s"), means))
+        return {f"fresh_{k}": x.mean().item() for k, x in dict(margin=margin, nll_t=-logq_t, nll_s=-logq_s).items()}
 
     # optimizer
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay,

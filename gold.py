@@ -100,6 +100,7 @@ class Config:
     device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"              # float32 or bfloat16 for activations and teacher; the student's weights stay fp32
     compile: bool = torch.cuda.is_available()  # torch.compile: minutes at the start, faster steps; for long runs
+    recompute: bool = False          # forget activations, compute them again for the gradient: less memory, slower
     out: str = ""                    # directory of this run; empty: out/<script and changed settings>
     resume: bool = False             # go on from the last checkpoint
     overwrite: bool = False          # delete an earlier run in the same directory first

@@ -83,6 +83,7 @@ class Config:
     device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"              # float32 or bfloat16 for activations and teacher; the student's weights stay fp32
     compile: bool = torch.cuda.is_available()  # torch.compile: minutes at the start, faster steps; for long runs
+    recompute: bool = False          # forget activations, compute them again for the gradient: less memory, slower
     out: str = ""                    # directory of this run; empty: out/<script and changed settings>
     resume: bool = False             # go on from the last checkpoint
     overwrite: bool = False          # delete an earlier run in the same directory first
@@ -93,14 +94,16 @@ class Config:
 # ---------------------------------------------------------------------------------------------------------------
 def kd_loss(student_logits, teacher_logits, targets, alpha, tau):
     """Per-row loss (1 - alpha) CE + alpha tau^2 KL(p||q), with its two terms. (R,V), (R,V), (R,) -> three (R,)."""
-    ce = F.cross_entropy(student_logits, targets, reduction="none")  # (R,)
+    logq = F.log_softmax(student_logits, -1)       # (R,V)
+    ce = -logq.gather(-1, targets[:, None])[:, 0]  # (R,)
     if teacher_logits is None:  # alpha = 0 needs no teacher
         return ce, ce, torch.zeros_like(ce)
+    if tau != 1:  # every line about (R,V) is a walk through memory, so none for nothing
+        logq, teacher_logits = F.log_softmax(student_logits / tau, -1), teacher_logits / tau
     # KL(p||q) written out: F.kl_div takes its arguments the other way round, and sums over what you do not expect
-    logp = F.log_softmax(teacher_logits / tau, -1)  # (R,V)
-    logq = F.log_softmax(student_logits / tau, -1)  # (R,V)
-    kl = (logp.exp() * (logp - logq)).sum(-1)       # (R,)
-    return (1 - alpha) * ce + alpha * tau**2 * kl, ce, kl
+    logp = F.log_softmax(teacher_logits, -1)       # (R,V)
+    kl = (logp.exp() * (logp - logq)).sum(-1)      # (R,)
+    return tau**2 * kl if alpha == 1 else (1 - alpha) * ce + alpha * tau**2 * kl, ce, kl
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -463,9 +463,11 @@ def bench_lessons(rows):
 
 
 MEMORY = """
-import sys; sys.path.insert(0, "tests"); import bench, common, torch
-side, vocab = sys.argv[1], 152_000
-student, teacher = bench.model(64, 1, vocab, 2), bench.model(64, 1, vocab, 1).eval().requires_grad_(False)
+import sys; sys.path.insert(0, "tests"); import bench, common, torch; from assets import speed
+side, layers, vocab = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+student, teacher = bench.model(64 * layers, layers, vocab, 2), bench.model(64, 1, vocab, 1).eval().requires_grad_(False)
+if side == "recomputed":
+    speed.recompute(student)
 batch = common.collate(bench.examples(vocab), teacher)
 mask = torch.zeros(bench.B, bench.T); mask[:, bench.T - bench.RESPONSE:] = 1
 for p in student.parameters(): p.grad = torch.zeros_like(p)
@@ -473,7 +475,7 @@ def status(key):  # Linux: kB; the high-water mark is set back first, or the mak
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 2**20
 open("/proc/self/clear_refs", "w").write("5")
 base = status("VmRSS")
-if side == "ours":
+if side != "textbook":
     bench.our_loss(student, teacher, batch, common.response_states(student), common.response_states(teacher), torch.float32).backward()
 else:
     bench.textbook_loss(student, teacher, batch, mask, torch.float32).backward()
@@ -486,12 +488,15 @@ def bench_memory(rows):
     if not Path("/proc/self/clear_refs").exists():
         print("loss_memory_v152k      not measured: needs Linux")
         return
-    extra = {side: float(subprocess.run([sys.executable, "-c", MEMORY, side], capture_output=True, text=True, check=True,
-                                        cwd=ROOT).stdout.split()[-1]) for side in ("ours", "textbook")}
-    rows.append({"work": "loss_memory_v152k", "contender": "ours", "baseline": "textbook",
-                 "ratio": round(extra["textbook"] / max(extra["ours"], 1e-3), 2),
-                 "ours_gib": round(extra["ours"], 3), "baseline_gib": round(extra["textbook"], 3)})
-    print(f"loss_memory_v152k      against textbook   {rows[-1]['ratio']:6.2f}x   {extra['ours']:.2f} GiB against {extra['textbook']:.2f} GiB")
+    def extra(*args):
+        made = subprocess.run([sys.executable, "-c", MEMORY, *map(str, args)], capture_output=True, text=True, check=True, cwd=ROOT)
+        return float(made.stdout.split()[-1])
+    for work, baseline, ours, theirs in (("loss_memory_v152k", "textbook", ("ours", 1, 152_000), ("textbook", 1, 152_000)),
+                                         ("recompute_memory", "kept", ("recomputed", 8, 4000), ("ours", 8, 4000))):
+        a, b = extra(*ours), extra(*theirs)
+        rows.append({"work": work, "contender": "ours", "baseline": baseline, "ratio": round(b / max(a, 1e-3), 2),
+                     "ours_gib": round(a, 3), "baseline_gib": round(b, 3)})
+        print(f"{work:<22} against {baseline:<10} {rows[-1]['ratio']:6.2f}x   {a:.2f} GiB against {b:.2f} GiB", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -501,6 +506,7 @@ WORKS = {
     **{f"kd_{part}_{v}_{kind}": f"{what}, V = {n}, {dtype}" for part, what in (("step", "KD step"), ("head", "its head and loss alone"))
        for v, n in (("v32k", "32,000"), ("v4k", "4,000")) for kind, dtype in (("fp32", "fp32"), ("bf16", "bf16"))},
     "loss_memory_v152k": "extra memory of the loss, V = 152,000",
+    "recompute_memory": "memory of a step with `--recompute`, 8 layers",
     "epoch2_cached": "second epoch, teacher's states remembered",
     "sample_b64": "sampling 64 responses, none ends before its 64 tokens",
     "sample_b64_ragged": "the same, ending after about 30 tokens each",
@@ -509,7 +515,8 @@ WORKS = {
 }
 RIVALS = {"textbook": "textbook loop", "trl_gkd": "TRL GKDTrainer's loss", "trl_chunked": "TRL DistillationTrainer's loss",
           "liger": "Liger-Kernel's fused loss", "epoch1": "first epoch", "generate": "`generate`",
-          "official_way": "the official code's way", "one_by_one": "`generate`, prompt by prompt", "no_looks": "without them"}
+          "official_way": "the official code's way", "one_by_one": "`generate`, prompt by prompt", "no_looks": "without them",
+          "kept": "activations kept"}
 SCRIPTS = ("kd_forward", "llmr", "dpkd", "gold", "ddk")
 
 

@@ -1,11 +1,19 @@
-"""Two things that make sampling on a CPU faster and change no number: room for keys and values, and cheaper noise.
+"""What saves time or memory and changes no number. A reader may skip this file.
 
-transformers' DynamicLayer appends by torch.cat: every token costs a copy of all before it. Here layers write into room
-that is already there. A reader may skip this file.
+RoomyLayer   sampling: transformers' DynamicLayer appends by torch.cat, so that every token costs a copy of all before
+             it; here keys and values are written into room that is already there
+gumbel       sampling: the noise of exponential_, made faster on a CPU
+recompute    training: --recompute, activation checkpointing that stays on in eval mode
 """
+import functools
+
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from assets.plumbing import BadInput
 
 STEP = 64  # tokens of room that are added at a time
 
@@ -43,3 +51,22 @@ def gumbel(like, generator):
     else:
         noise = torch.empty_like(like).exponential_(generator=generator)
     return noise.clamp_(min=1e-30).log_().neg_()
+
+
+def recompute(model):
+    """Let the layers of a model forget their activations and compute them again in the backward pass.
+
+    transformers' own switch works in training mode only and turns the sampler's cache off; here it is the gradient that
+    decides. Dropout draws the same again. Raises BadInput if the architecture has no such layers.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise BadInput(f"--recompute: {type(model).__name__} has no layers that can be computed again: leave it out")
+    for layer in layers:
+        layer.forward = functools.partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward, *args, **kwargs):
+    if torch.is_grad_enabled():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return forward(*args, **kwargs)
