@@ -577,13 +577,13 @@ def rowwise_loss(row_loss, student, hidden, targets, teacher=None, teacher_hidde
 
 
 def token_logprobs(model, hidden, targets):
-    """(R,H), (R,) -> (R,) log-probabilities of the observed tokens; differentiable, logits are recomputed in backward.
-    For losses in which the weight of a row depends on its whole response (preferences, policy gradients)."""
+    """(R,H), (R,) -> (R,) log-probabilities of the observed tokens; differentiable. For losses in which the weight of
+    a row depends on its whole response. Logits of up to 1 GB (256 MB on a CPU) are kept, more computed again."""
     def piece(h, t, weight, bias):
         return log_softmax_at(project(h, weight, bias), t)
     parts = chunks(len(targets), model.vocab, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        keep = len(parts) == 1 or not torch.is_grad_enabled()  # a single chunk may keep its logits
+        keep = len(parts) <= (1 if hidden.device.type == "cuda" else 16) or not torch.is_grad_enabled()
         call = piece if keep else lambda *args: checkpoint(piece, *args, use_reentrant=False)
         return torch.cat([call(hidden[rows], targets[rows], *head(model)) for rows in parts])
 
