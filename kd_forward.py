@@ -103,7 +103,8 @@ def kd_loss(student_logits, teacher_logits, targets, alpha, tau):
     # KL(p||q) written out: F.kl_div takes its arguments the other way round, and sums over what you do not expect
     logp = F.log_softmax(teacher_logits, -1)       # (R,V)
     kl = (logp.exp() * (logp - logq)).sum(-1)      # (R,)
-    return tau**2 * kl if alpha == 1 else (1 - alpha) * ce + alpha * tau**2 * kl, ce, kl
+    soft = alpha * tau**2 * kl
+    return soft if alpha == 1 else (1 - alpha) * ce + soft, ce, kl
 
 
 # ---------------------------------------------------------------------------------------------------------------
