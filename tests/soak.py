@@ -9,7 +9,7 @@ interval by Student's t with 8 degrees of freedom. Flat: the interval's lower en
 
 Two numbers: resident memory, as the system sees it, which jumps when a rare large batch raises the heap's high-water
 mark; and bytes in use, as the allocator sees it (with Python's own blocks beside it), which a leak cannot hide from.
-The verdict is on the second.
+Flat is what is flat by both; the second helps to find out why the first is not.
 """
 import argparse
 import os
@@ -87,7 +87,7 @@ def soak(script, minutes, root):
         print(f"  {name:<14}{kept[0][column]:.0f} {unit}, at the end {kept[-1][column]:.0f}, at most {max(p[column] for p in points):.0f}; "
               f"slope {b:+.1f} {unit} an hour [{low:+.1f}, {high:+.1f}]", flush=True)
         flat[name] = low < 30
-    return flat["in use"]
+    return flat["resident"] and flat["in use"]
 
 
 def main():

@@ -303,3 +303,12 @@ def test_recomputed_layers_give_the_same_gradients_and_the_sampler_keeps_its_cac
     calls.clear()
     common.sample(student, [[5, 6, 7]], 6, eos=0)
     assert calls.count("inside") == calls.count("outside")
+
+
+def test_under_autocast_the_head_gets_states_of_its_dtype(pair):
+    """Llama's last norm has fp32 weights and gives fp32 states, with which the head would run in fp32."""
+    student = common.load_model(str(pair("llama")[1]), torch.device("cpu"))
+    batch, states = common.collate([Example([5, 6], [5, 6], [8, 3])], student), common.response_states(student)
+    assert states(batch).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert states(batch).dtype == torch.bfloat16
