@@ -361,8 +361,7 @@ class Batch:
     """Decoder-only: tokens (B,T) are prompt+response, right-padded; encoder-decoder: tokens and mask (B,P) are the
     prompt, decoder_tokens (B,N) the shifted response. For the R response tokens of the batch, one after the other:
     rows (R,) is the position, in the flattened (B*T) or (B*N), from which the token is predicted; targets (R,) is
-    the token; owner (R,) its example. lengths (B,) counts response tokens.
-    """
+    the token; owner (R,) its example. lengths (B,) counts response tokens."""
     tokens: torch.Tensor
     rows: torch.Tensor
     targets: torch.Tensor
@@ -370,15 +369,17 @@ class Batch:
     lengths: torch.Tensor
     mask: torch.Tensor = None
     decoder_tokens: torch.Tensor = None
-    teacher: "Batch" = None     # the same responses as the teacher reads them; the batch itself where that is the same
+    view: "Batch" = None        # the same responses as the teacher reads them, where that is something else
     ids: list = None            # which examples these are, for caches
+
+    @property
+    def teacher(self):  # no field that holds the batch itself: such a cycle lives until the garbage collector comes
+        return self.view or self
 
     def to(self, device):
         moved = {k: (v.pin_memory() if device.type == "cuda" else v).to(device, non_blocking=True)
                  for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        batch = dataclasses.replace(self, **moved)
-        batch.teacher = batch if self.teacher is self else self.teacher and self.teacher.to(device)
-        return batch
+        return dataclasses.replace(self, **moved, view=self.view and self.view.to(device))
 
 
 def pad(lists, width, left=False):
@@ -452,9 +453,8 @@ class Batches:
 
     def collate(self, examples):
         """Any examples, such as the student's own answers, -> Batch on the device, with the teacher's view of it."""
-        batch = collate(examples, self.student, "student", self.edges)
-        batch.teacher = collate(examples, self.teacher, "teacher", self.edges) if self.two_views else batch
-        return batch.to(self.device)
+        view = collate(examples, self.teacher, "teacher", self.edges) if self.two_views else None
+        return dataclasses.replace(collate(examples, self.student, "student", self.edges), view=view).to(self.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -132,6 +132,9 @@ BUGS = [
         "The logged sums are right; the gradient's size is hidden by clipping and Adam."),
     Bug(COMMON, "*(None if g is None else g * grad[0].to(g.dtype) for g in ctx.saved_tensors)", "*ctx.saved_tensors", CHUNKED,
         "The incoming gradient is ignored, so that the division by the tokens is lost.", "Clipping to norm 1 makes every step look normal."),
+    Bug(COMMON, "batch.ids = batch.teacher.ids = ids", "batch.ids, batch.view = ids, batch.teacher", "common::a_step_leaves_nothing_to_the_garbage_collector",
+        "Each batch holds itself, so that its tensors live until the garbage collector comes: memory creeps up for hours.",
+        "Nothing but memory changes: the same losses to the last bit, and minutes show no growth."),
     Bug(COMMON, "            self.known[batch.ids] = True", "            pass", "kd_forward::the_teacher_runs_once_for_each_remembered_response",
         "The remembered states are never used: the teacher runs again every epoch.", "The curve is identical; only the bill is not.", dict(cache_gib=1.0)),
     # ------------------------------------------------------------------------------ sampling and measuring
