@@ -157,6 +157,12 @@ def pair(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def any_root(tmp_path_factory):
+    """Where any_run keeps the models and data it makes."""
+    return tmp_path_factory.mktemp("any")
+
+
+@pytest.fixture(scope="session")
 def rows_file(tmp_path_factory):
     return make_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 

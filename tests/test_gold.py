@@ -170,14 +170,8 @@ def test_auroc_compares_inside_a_round_only():
 # Whole runs
 # ---------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    made, root = {}, tmp_path_factory.mktemp("world2")
-
-    def make(kind):
-        if kind not in made:
-            made[kind] = make_gold_world(root, kind)
-        return made[kind]
-    return make
+def world(any_root):
+    return lambda kind: make_gold_world(any_root / "gold", kind)  # made once, shared with any_run
 
 
 @pytest.fixture
