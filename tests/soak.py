@@ -7,9 +7,9 @@ The scripts run one after the other with their default settings on the tiny worl
 blocks, and the slope is fitted to the blocks' means (seconds are too alike to count as single observations): 95 %
 interval by Student's t with 8 degrees of freedom. Flat: the interval's lower end is below 30 MiB an hour. Linux with glibc only.
 
-Two numbers: resident memory, as the system sees it, which jumps when a rare large batch raises the heap's high-water
-mark; and bytes in use, as the allocator sees it (with Python's own blocks beside it), which a leak cannot hide from.
-Flat is what is flat by both; the second helps to find out why the first is not.
+Two numbers: resident memory, as the system sees it, and bytes in use, as the allocator sees them. Flat is what is flat
+by both. Where only the first grows, look for what dies late and leaves the heap in pieces: reference cycles, above all.
+Python's own blocks are shown beside them; they rise for some minutes, since freed ones are kept for the next of their kind.
 """
 import argparse
 import os
