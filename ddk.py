@@ -118,13 +118,15 @@ def mixture(log_shares, rho, alpha):
 
 def distill_loss(student_logits, teacher_logits, targets, gamma, tau):
     """Eq. 3 of each row, with its two terms. (R,V), (R,V) or None, (R,) -> three (R,)."""
-    ce = F.cross_entropy(student_logits, targets, reduction="none")  # (R,)
+    logq = F.log_softmax(student_logits, -1)       # (R,V)
+    ce = -logq.gather(-1, targets[:, None])[:, 0]  # (R,)
     if teacher_logits is None:  # gamma = 0 needs no teacher
         return ce, ce, torch.zeros_like(ce)
-    # KL(p||q) written out: F.kl_div takes its arguments the other way round
-    logp = F.log_softmax(teacher_logits / tau, -1)  # (R,V)
-    logq = F.log_softmax(student_logits / tau, -1)  # (R,V)
-    kl = (logp.exp() * (logp - logq)).sum(-1)       # (R,)
+    if tau != 1:  # every line about (R,V) is a walk through memory, so none for nothing
+        logq, teacher_logits = F.log_softmax(student_logits / tau, -1), teacher_logits / tau
+    # KL(p||q) written out: F.kl_div takes its arguments the other way round, and sums over what you do not expect
+    logp = F.log_softmax(teacher_logits, -1)       # (R,V)
+    kl = (logp.exp() * (logp - logq)).sum(-1)      # (R,)
     return ce + gamma * kl, ce, kl
 
 
@@ -174,8 +176,7 @@ def fixed_shares(text, names):
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
         raise common.BadInput(f"--shares {text}: name=share,name=share or a result.json is wanted ({e})") from None
     if sorted(found) != sorted(names) or min(found.values()) < 0 or not 0.99 <= sum(found.values()) <= 1.01:
-        raise common.BadInput(f"--shares {text}: one share of at least 0 for each of {', '.join(names)} is wanted, "
-                              "together 1")
+        raise common.BadInput(f"--shares {text}: shares of 0 or more, together 1, are wanted for {', '.join(names)}")
     shares = torch.tensor([found[n] for n in names], dtype=torch.float64)
     return shares / shares.sum()
 

@@ -460,7 +460,7 @@ def refused(match, function, *args):
     (dict(teacher="none"), "--gamma 0.2 with --mix ddk needs a teacher"),
     (dict(teacher="none", gamma=0.0), "--mix ddk needs a teacher"),
     (dict(mix="static"), "it alone, wants --shares"), (dict(shares="a=1"), "it alone, wants --shares"),
-    (dict(mix="static", shares="big=.5,mid=.5"), "one share of at least 0 for each of big, mid, small"),
+    (dict(mix="static", shares="big=.5,mid=.5"), "0 or more, together 1, are wanted for big, mid, small"),
     (dict(mix="static", shares="big=.5,mid=.4,small=.4"), "together 1"),
     (dict(mix="static", shares="big=.5,mid=nan,small=.5"), "together 1"),
     (dict(mix="static", shares="big=half"), "--shares big=half"),
