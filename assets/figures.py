@@ -247,6 +247,23 @@ def worst(records, names, alphas, title):
     return figure
 
 
+def sets(records, rows, names, title):
+    """The widest gap over steps, one panel for each set of domains, {title: row of DDK}; mixtures as in `names`."""
+    figure, axes = panels(len(rows), title, between=0.35, right=0.3, sharey=True)
+    for axis, (text, row) in zip(axes, rows.items()):
+        for mix, color in zip(names, COLORS):
+            wanted = row if mix == "ddk" else mix if row == "ddk" else f"{row}-{mix}"
+            runs = [[(x["step"], x["worst_gap"]) for x in r["curve"]] for r in records if r["row"] == wanted]
+            draw_runs(axis, runs, color)
+        axis.set(title=text, xlabel="optimizer steps", xticks=[0, 300, 600])
+    for i, (name, color) in enumerate(zip(names.values(), COLORS)):
+        axis.text(0.95, 0.9 - 0.1 * i, name, color=color, transform=axis.transAxes, ha="right", fontweight="bold")
+    axes[0].set_ylim(1, 20)  # without smoothing it goes far beyond for a while
+    log_scale(axes[0], FINE)
+    axes[0].set_ylabel("widest gap (validation)")
+    return figure
+
+
 def perplexities(records, names, title):
     """Perplexity of each domain on test text: student before, each row after, teacher; means over seeds."""
     figure, axis = panels(1, title, 3.6, right=1.5)
@@ -468,6 +485,8 @@ def main(source=HERE / "results.jsonl", folder=HERE):
     length = {"sft": "SFT", "seqkd": "SeqKD", "reverse-kl": "reverse KL", "dpkd": "DPKD", "dpkd-alone": "no anchor"}
     gaps = {"no-smoothing": "without smoothing: r = softmax(rho)", "ddk": "DDK"}
     mixes = {"natural": "natural", "uniform": "uniform", "static": "static at DDK's mean", "ddk": "DDK"}
+    others = {"the six domains": "ddk", "mild: small gaps": "mild", "alike": "alike", "same: equal gaps": "same"}
+    of_each = {"natural": "natural", "uniform": "uniform", "no-smoothing": "no smoothing", "ddk": "DDK"}
     alphas = {"uniform": "0 (uniform)", "ddk": 0.5, "alpha-8": 0.8, "alpha-1": 1}
     plain = {"natural": "KD, natural", "uniform": "KD, uniform", "ddk": "DDK"}
     wrote = {"gold-plain": "plain prompt", "gold-ood": "OOD prompt", "gold": "GOLD"}
@@ -512,6 +531,9 @@ def main(source=HERE / "results.jsonl", folder=HERE):
                            "What DDK draws: mean of {}, interval 0 in natural proportion"),
         "ddk_worst.png": ({**mixes, **alphas}, lambda title: worst(records, mixes, alphas, title),
                           "Equal tokens, different mixtures, {} (thin)"),
+        "ddk_sets.png": ([*of_each, "mild", "alike", "same", "mild-natural", "alike-natural", "same-natural"],
+                         lambda title: sets(records, others, of_each, title),
+                         "What there is to gain hangs on how unlike the gaps are, {} (thin)"),
         "ddk_ppl.png": (plain, lambda title: perplexities(records, plain, title), "Perplexity by domain, mean of {}"),
         "gold_written.png": (wrote, lambda title: written(records, wrote, title),
                              "What the LLM wrote, share of all samples, mean of {} (dots: seeds)"),

@@ -74,14 +74,14 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "anchor-alone": ("dpkd.py --preference 0", ["dpkd"], 3),
         "epoch-b01": ("dpkd.py --negatives epoch --beta 0.1 --anchor 0", ["frozen-b01"], 3),
         "length-norm": ("dpkd.py --length-norm --beta 2", ["dpkd"], 3),
-        "token": ("dpkd.py --level token --beta 0.1 --preference 0.5", ["seqkd"], 3),
+        "token": ("dpkd.py --level token --beta 0.1 --preference 0.5", ["seqkd"], 5),
         "token-alone": ("dpkd.py --level token --beta 0.1 --preference 0.5 --anchor 0", ["token"], 3),
     },
     "starts": {  # what is missing for every method from either start: supervised (tiny) and KL-distilled (tiny-kl)
-        "llmr-sft": ("llmr.py --student tiny", ["sft", "seqkd"], 3),
-        "reverse-kl-late": ("dpkd.py --level reverse_kl --student tiny-kl --steps 300 --lr 3e-4", ["kl-more"], 3),
-        "dpkd-late": ("dpkd.py --student tiny-kl --steps 300 --lr 3e-4", ["kl-more", "reverse-kl-late"], 3),
-        "sft-late": ("kd_forward.py --student tiny-kl --alpha 0 --steps 300 --lr 3e-4", ["kl-more"], 3),
+        "llmr-sft": ("llmr.py --student tiny", ["sft", "seqkd"], 5),
+        "reverse-kl-late": ("dpkd.py --level reverse_kl --student tiny-kl --steps 300 --lr 3e-4", ["kl-more"], 5),
+        "dpkd-late": ("dpkd.py --student tiny-kl --steps 300 --lr 3e-4", ["kl-more", "reverse-kl-late"], 5),
+        "sft-late": ("kd_forward.py --student tiny-kl --alpha 0 --steps 300 --lr 3e-4", ["kl-more"], 5),
     },
     "ddk": {  # seed N: teacher and student of world 3, number N, equal tokens
         "ddk": ("ddk.py", ["natural", "uniform", "static", "no-smoothing"], 5),
@@ -89,22 +89,22 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "uniform": ("ddk.py --mix uniform", ["natural"], 5),
         "no-smoothing": ("ddk.py --mix no-smoothing", ["uniform"], 5),
         "static": ("ddk.py --mix static --shares out/results/ddk-{seed}/result.json", ["uniform"], 5),
-        "alpha-8": ("ddk.py --alpha 0.8", ["ddk"], 3),
-        "alpha-1": ("ddk.py --alpha 1", ["ddk"], 3),
-        "interval-10": ("ddk.py --interval 10", ["ddk"], 3),
-        "interval-150": ("ddk.py --interval 150", ["ddk"], 3),
-        "ddk-ce": ("ddk.py --gamma 0", ["ddk", "uniform-ce"], 3),
-        "uniform-ce": ("ddk.py --mix uniform --gamma 0", ["uniform"], 3),
+        "alpha-8": ("ddk.py --alpha 0.8", ["ddk"], 5),
+        "alpha-1": ("ddk.py --alpha 1", ["ddk"], 5),
+        "interval-10": ("ddk.py --interval 10", ["ddk"], 5),
+        "interval-150": ("ddk.py --interval 150", ["ddk"], 5),
+        "ddk-ce": ("ddk.py --gamma 0", ["ddk", "uniform-ce"], 5),
+        "uniform-ce": ("ddk.py --mix uniform --gamma 0", ["uniform"], 5),
         # from students whose gaps are small and alike already
-        "ddk-late": ("ddk.py --student out/results/uniform-{seed}/student", ["uniform-late"], 3),
-        "uniform-late": ("ddk.py --student out/results/uniform-{seed}/student --mix uniform", [], 3),
+        "ddk-late": ("ddk.py --student out/results/uniform-{seed}/student", ["uniform-late"], 5),
+        "uniform-late": ("ddk.py --student out/results/uniform-{seed}/student --mix uniform", [], 5),
     },
 }
 for name in ("mild", "alike", "same"):  # other sets of domains (assets/world3.py): small gaps, more alike ones, equal ones
     on = " ".join(f"--{role} out/worlds/{name}-{{seed}}/{role}" for role in ("data", "teacher", "student"))
     TABLES[f"ddk-{name}"] = {
-        name: (f"ddk.py {on}", [f"{name}-natural", f"{name}-uniform", f"{name}-no-smoothing"], 3),
-        **{f"{name}-{mix}": (f"ddk.py {on} --mix {mix}", [], 3) for mix in ("natural", "uniform", "no-smoothing")},
+        name: (f"ddk.py {on}", [f"{name}-natural", f"{name}-uniform", f"{name}-no-smoothing"], 5),
+        **{f"{name}-{mix}": (f"ddk.py {on} --mix {mix}", [], 5) for mix in ("natural", "uniform", "no-smoothing")},
     }
 PLAIN = "--control plain --select none"
 TABLES["gold"] = {  # reviews of world 2, each seed with its own LLM
@@ -116,15 +116,15 @@ TABLES["gold"] = {  # reviews of world 2, each seed with its own LLM
     "gold-t1": (f"gold.py {PLAIN} --temperature 1 --top-k 0 --top-p 1", ["gold-plain"], 5),
     "gold-real": ("gold.py --control real --select none", ["gold"], 5),
     "gold-ce": ("gold.py --loss ce", ["gold"], 5),
-    "gold-noise": ("gold.py --label-noise 0.2", ["gold-noise-ce"], 3),
-    "gold-noise-ce": ("gold.py --label-noise 0.2 --loss ce", [], 3),
+    "gold-noise": ("gold.py --label-noise 0.2", ["gold-noise-ce"], 5),
+    "gold-noise-ce": ("gold.py --label-noise 0.2 --loss ce", [], 5),
 }
 TABLES["gold-sums"] = {  # stories with equations
-    "sums": ("gold.py --task sums", ["sums-plain", "sums-ood", "sums-random", "sums-top"], 3),
-    "sums-random": ("gold.py --task sums --select random", [], 3),
-    "sums-top": ("gold.py --task sums --select top", [], 3),
-    "sums-ood": ("gold.py --task sums --select none", ["sums-plain"], 3),
-    "sums-plain": (f"gold.py --task sums {PLAIN}", [], 3),
+    "sums": ("gold.py --task sums", ["sums-plain", "sums-ood", "sums-random", "sums-top"], 5),
+    "sums-random": ("gold.py --task sums --select random", [], 5),
+    "sums-top": ("gold.py --task sums --select top", [], 5),
+    "sums-ood": ("gold.py --task sums --select none", ["sums-plain"], 5),
+    "sums-plain": (f"gold.py --task sums {PLAIN}", [], 5),
 }
 GOLD = ["accuracy", "accuracy_uniform", "accuracy_tail", "modes", "tail_mass", "garbage", "garbage_fed", "auroc_garbage"]
 MATCHED = {  # table: {row: controls whose curve over T it is held against, at its own entropy and mode distance}

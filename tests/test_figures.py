@@ -81,6 +81,7 @@ def test_draws_what_has_records_and_names_what_has_not(tmp_path, monkeypatch, ca
                f"{llmr}, dpkd_nll.png (frozen-b01-anchor), "
                "dpkd_length.png (sft, seqkd, reverse-kl, dpkd, dpkd-alone), ddk_gap.png (no-smoothing, ddk), "
                "ddk_shares.png (ddk), ddk_worst.png (natural, uniform, static, ddk, alpha-8, alpha-1), "
+               "ddk_sets.png (natural, uniform, no-smoothing, ddk, mild, alike, same, mild-natural, alike-natural, same-natural), "
                "ddk_ppl.png (natural, uniform, ddk), gold_written.png (gold-plain, gold-ood, gold), "
                "gold_coverage.png (gold-plain, gold-ood, gold, gold-random, gold-top, gold-t1), gold_energy.png (gold-ood, gold, gold-top)")
     assert capsys.readouterr().out.splitlines()[-1] == f"skipped for lack of records: {missing}"
