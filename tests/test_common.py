@@ -320,13 +320,13 @@ def test_under_autocast_the_head_gets_states_of_its_dtype(pair):
 def test_a_step_leaves_nothing_to_the_garbage_collector(script, any_root, tmp_path, monkeypatch):
     """Objects in a reference cycle live on, with their tensors, until the collector comes, which is rare in a process
     with as many objects as transformers makes: a batch that held itself let resident memory creep for hours."""
+    cfg = any_run(script, any_root, tmp_path / "run", steps=6, eval_every=6, save_every=6, log_every=6, budget=16)
     left, end_step = [], common.Run.end_step
 
     def after_step(self, step, **parts):
         end_step(self, step, **parts)
         left.append(gc.collect())  # what the step left in cycles
     monkeypatch.setattr(common.Run, "end_step", after_step)
-    cfg = any_run(script, any_root, tmp_path / "run", steps=6, eval_every=6, save_every=6, log_every=6, budget=16)
     gc.disable()
     gc.freeze()  # what was there before need not be looked through each time
     try:
