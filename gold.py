@@ -4,49 +4,76 @@ Gholami, Akbari, Hu, Masrani, Wang, Zhang, "GOLD: Generalized Knowledge Distilla
 Language Data Generation", Findings of NAACL 2024, https://arxiv.org/abs/2403.19754; code:
 https://github.com/mgholamikn/GOLD
 
-The LLM p is a black box that gives text only. A task comes as a description, K real samples and label words. In round t
+The LLM p is a black box that gives text only. A task comes as a description, K real samples and label words. Round t
+asks for b training samples X_t, then for b samples V_t that are to be different; the strange ones among V_t, yet not
+the strangest, are shown to the LLM two rounds on, so that it writes more like them.
 
-    X_t = p( task + real samples + F_{t-1} )                    b training samples; F on every second round only   (1)
-    V_t = p( task + real samples + F_{t-1} + X_t[:2] + OOD )    b more, asked to be different from all above       (2)
-    E(x,y) = - mean_j log sum_v exp f_v(x, y_<j)                energy: high where the student f has seen little   (3)
-    F_t = those of V_t whose rank by E lies in [.5 b, .8 b)     strange, yet not the strangest: that is noise      (4)
+    X_t = p(task + real samples + F_{t-1})                    F on every second round only                         (1)
+    V_t = p(task + real samples + F_{t-1} + X_t[:2] + "different from all above")                                  (2)
+    E(x,y) = - mean_j log sum_v exp f_v(x, y_<j)              energy: high where the scorer f has seen little       (3)
+    F_t = the samples of V_t with rank floor(.5 b) to floor(.8 b) - 1 by energy, counted from 0                    (4)
 
 For classification the label is drawn first and the LLM writes a text for it; else it writes text and answer together.
-X_t and V_t all go to the data set. f is a copy of the student, trained on what there is every few rounds. At the end
-a fresh student q learns y from x on the whole budget, by symmetric cross entropy against wrong labels:
+All of X_t and V_t go to the data set. The scorer f is a copy of the student, trained on what there is every few
+rounds. At the end a fresh student q learns y from x on the whole budget, by symmetric cross entropy, which hardly
+moves for labels that look wrong:
 
     L = mean over response tokens of alpha (-log q_y) + beta (-log 1e-4) (1 - q_y)                                 (5)
 
-    alpha = cfg.alpha, beta = cfg.beta, b = cfg.round_size, F = `feedback`, f = `scorer`. The y_j include EOS.
+    In the code alpha = cfg.alpha, beta = cfg.beta, b = cfg.round_size, F is `feedback`. The y_j include EOS. Samples
+    beyond rank .8 b are left out as the ones that are most likely noise.
+
+What the LLM is sent for V_t, in the task `rte` with one real sample (the student learns "rte sentence1: ..." -> label):
+
+    Each sample of this task has a Sentence1 and a Sentence2. The label is entailment if ...
+
+    Sample 1:
+    Label: not_entailment
+    Sentence1: The bridge was closed in 1994.
+    Sentence2: The bridge is open.
+
+    Write one more sample of this task, new and complete, in the same form, and nothing after it.
+
+and its answer is begun for it, up to the first thing that it is to write:
+
+    Here is a new sample. Sentence2 follows from Sentence1. It is about another topic, from another domain, and very
+    different from every sample above.
+
+    Label: entailment
+    Sentence1:
 
 What differs from the paper, of which we know the abstract and the released code (which does not run as it is):
- 1. Energies and losses skip padding. The code pads answers to 32 tokens and averages over all (--pad-energy 32).
- 2. The budget counts samples. The code's file counting leaves half of the rounds unused.
- 3. Samples that do not parse are asked for again until there are b; ranks refer to the samples that are there. Of a
-    larger band its middle --feedback 2 are fed back.
+ 1. Energies and losses skip padding. The code pads every answer to 32 tokens and averages over all of them.
+ 2. The budget counts samples. The code's counting of files leaves half of the rounds unused.
+ 3. Samples that do not parse, and texts of the test rows, are asked for again until there are b; ranks refer to the
+    samples that are there. Of a larger band its middle --feedback 2 are fed back.
  4. One schedule for all tasks: V_t in every round. For answers the code makes V_t and F on even rounds only.
  5. In prompts the label stands before the text that it conditions. Real samples are drawn from the training split.
- 6. AdamW, warm-up and a cosine for the final student; equations by a parser where the code calls Python's evaluator.
- 7. ProGen's feedback (most helpful samples by influence) is absent: it does not fit here in a few lines.
+ 6. AdamW, warm-up and a cosine for the final student; equations by a parser where the code calls Python's eval.
+ 7. ProGen's feedback (the most helpful samples by influence) is left out.
 
-What to watch: `accuracy` on held-out real rows is what counts; `energy` has no zero, since a constant added to all
+What to watch: `accuracy` on held-out real rows is what counts. `energy` has no zero, since a constant added to all
 logits shifts it: compare within a round only. `asked` is how many texts the LLM had to write for each one kept. In a
 tiny world the truth is known: `modes` and `tail_mass` should rise, `garbage` should not. The final loss says nothing.
 
     python gold.py                                          tiny reviews: OOD prompt and the energy band
-    python gold.py --control plain --select none            no OOD prompt, no feedback (as ZeroGen does it)
+    python gold.py --no-ood                                 Eq. 1 alone, no feedback (as ZeroGen does it)
+    python gold.py --select random                          feed back any samples of V_t
     python gold.py --select top                             feed back the strangest: garbage comes with it
-    python gold.py --control plain --select none --temperature 1 --top-k 0 --top-p 1       plain sampling
+    python gold.py --alpha 1 --beta 0                       plain cross entropy for the final student
     python gold.py --task sums                              answers instead of labels
     python gold.py --task rte --teacher meta-llama/Llama-2-7b-chat-hf --student google-t5/t5-base --lr 5e-5 \
         --scorer-lr 5e-5 --batch-size 8 --retrain 25 --passes 1 --steps 18750 --alpha 0.1 --max-prompt 128
 """
 import copy
+import json
 import math
 import random
+import re
 import sys
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -54,35 +81,26 @@ import common
 
 
 @dataclass
-class Config:
-    # models and data
-    teacher: str = "tiny"            # the LLM: model directory or hub name, chat or base; tiny: the tiny world's
-    student: str = "tiny"            # the same; a directory with config.json but no weights starts from random ones
-    data: str = "auto"               # real rows (shots, test): auto: the task's; else as --data elsewhere, tiny:N too
-    task: str = "reviews"            # an entry of assets/gold_tasks.json, or a .json file of your own in that form
-    template: str = "auto"           # text around {prompt} for the student; auto: its chat template, else a line break
-    max_prompt: int = 256            # tokens of the student's prompt; longer prompts lose their beginning
-    max_response: int = 64           # tokens of the student's answer
-    llm_prompt: int = 4096           # most tokens of a prompt to the LLM; how many it may write is the task's max_new
-    holdout: float = 0.05            # share of prompts held out for valid, and again for test, where data has no splits
-    teacher_device_map: str = ""     # e.g. auto: spread a large teacher over devices (needs accelerate)
+class Config(common.Settings):
     # method
-    budget: int = 3008               # samples to generate and to train on, those of the OOD prompt included
+    teacher: str = "tiny"            # the LLM: model directory or hub name, chat or base; tiny: the tiny world's
+    task: str = "reviews"            # an entry of data/tasks.json, or a .json file of your own in that form
+    data: str = "auto"               # real rows (shots, test); auto: the task's own
+    budget: int = 3008               # samples to write and to train on, those of the OOD prompt included
     round_size: int = 8              # b: samples of one call of the LLM
-    control: str = "ood"             # ood: Eq. 2 in every round; plain: Eq. 1 alone; real: real rows, as a yardstick
+    ood: bool = True                 # Eq. 2 in every round; --no-ood: Eq. 1 alone, and no feedback
     select: str = "band"             # what is fed back: band (Eq. 4), top (highest energies), random, none
     feedback: int = 2                # most samples fed back
     temperature: float = 0.6         # of the LLM; with top_k and top_p what chat models use: it is what narrows
     top_k: int = 10                  # the LLM samples among its k likeliest tokens; 0: all
     top_p: float = 0.9               # and among the fewest that hold this share; 1: all
+    llm_prompt: int = 4096           # most tokens of a prompt to the LLM; how many it may write is the task's max_new
     retrain: int = 12                # rounds between trainings of the scorer; the paper's code: 25
     passes: int = 3                  # epochs over all samples so far, each time; the paper's code: 1
     scorer_lr: float = 2e-3          # its rate, constant; 5e-5 for pretrained models
-    pad_energy: int = 0              # average energies over this many tokens, padding included, as the code (32) does
-    loss: str = "sce"                # of the final student: sce (Eq. 5) or ce
-    alpha: float = 0.1               # weight of CE in SCE; the code has 1, .1 and .01
+    alpha: float = 0.1               # weight of CE in Eq. 5; the code has 1, .1 and .01
     beta: float = 1.0                # weight of reverse CE; 0 leaves alpha CE
-    label_noise: float = 0.0         # control: plant this share of wrong labels before the final student
+    max_response: int = 64           # tokens of the student's answer
     # optimization
     steps: int = 1000                # optimizer steps; 0 only evaluates
     batch_size: int = 32             # sequences of one optimizer step
@@ -91,24 +109,47 @@ class Config:
     warmup: int = 20                 # steps of linear warm-up; after it a cosine down to a tenth of lr
     weight_decay: float = 0.01       # AdamW's
     clip: float = 1.0                # largest gradient norm
-    # system
     eval_every: int = 250            # steps between evaluations on validation rows
     eval_rows: int = 800             # most test rows to evaluate on (validation: at most 200)
-    log_every: int = 20              # rounds, and steps, between lines of the log
-    save_every: int = 500            # steps between checkpoints; what the LLM wrote is kept at once
-    seed: int = 0                    # of shots, labels, sampling, data order and random weights
-    device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"              # float32 or bfloat16 for activations and teacher; the student's weights stay fp32
-    compile: bool = torch.cuda.is_available()  # torch.compile: minutes at the start, faster steps; for long runs
-    recompute: bool = False          # forget activations, compute them again for the gradient: less memory, slower
-    out: str = ""                    # directory of this run; empty: out/<script and changed settings>
-    resume: bool = False             # go on from the last checkpoint
-    overwrite: bool = False          # delete an earlier run in the same directory first
+
+    unused = ("prompt_field", "response_field", "text_field", "teacher_template", "eval_temperature", "kl_on",
+              "cache_gib")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The method
 # ---------------------------------------------------------------------------------------------------------------
+WRITE = {
+    "prompt": "{about}\n\n{shots}Write one more sample of this task, new and complete, in the same form, and nothing "
+              "after it.\n\n",
+    "shot": "Sample {n}:\n{sample}\n\n",
+    "plain": "Here is a new sample.{meaning}\n\n",
+    "ood": "Here is a new sample.{meaning} It is about another topic, from another domain, and very different from "
+           "every sample above.\n\n",
+}
+SOLVE = {  # for the LLM's own score, which the student is compared with
+    "prompt": "{about}\n\n{shots}Give the {label_name} of the next sample, and nothing after it.\n\n",
+    "shot": "Sample {n}:\n{sample}\n\n",
+    "plain": "",
+}
+
+
+def build_prompt(task, wording, shots, given, opening="plain"):
+    """What the LLM is asked, the beginning of its answer, and the template of what it is to go on with.
+
+    wording: WRITE or SOLVE, parts of which a task may word otherwise. shots: the samples to show. given: what is
+    known of the new sample, its label when a sample is written, its fields when one is solved.
+    """
+    form = wording | task["write" if wording is WRITE else "solve"]
+    shown = "".join(form["shot"].format(n=i + 1, sample=form["sample"].format(**s)) for i, s in enumerate(shots))
+    asked = form["prompt"].format(about=task["about"], shots=shown, label_name=task["label_name"])
+    meaning = task["labels"].get(given.get("label"), "").format(**{f: f for f in task["fields"]})
+    begun = form[opening].format(meaning=f" {meaning}" if meaning else "")
+    first = next(slot.start() for slot in common.SLOT.finditer(form["sample"]) if slot[1] not in given)
+    begun += form["sample"][:first].format(**given)
+    return asked, begun.rstrip(" "), form["sample"][first:]
+
+
 def energy(logits):
     """Eq. 3 of each row. Never a probability: softmax would cancel what is asked for. (R,V) -> (R,)."""
     return -logits.logsumexp(-1)
@@ -129,28 +170,85 @@ def select_feedback(energies, select, most, rng):
 def sce_loss(logits, targets, alpha, beta):
     """Eq. 5 of each row, with its CE. The one-hot target clamped to 1e-4 makes -sum_k q_k log y_k = 9.21 (1 - q_y)."""
     ce = F.cross_entropy(logits, targets, reduction="none")  # (R,)
-    rce = -math.log(1e-4) * (1 - (-ce).exp())                # (R,)
-    return alpha * ce + beta * rce, ce
+    reverse_ce = -math.log(1e-4) * (1 - (-ce).exp())         # (R,)
+    return alpha * ce + beta * reverse_ce, ce
+
+
+def pick_shots(task, rows, n, rng):
+    """The K real samples of a whole run, labels as even as they go: of the first 10 n training rows, so that typical
+    ones can be put there."""
+    near = min(len(rows), 10 * n)
+    chosen, order = [], rng.sample(range(near), near)
+    for _ in range(min(n, near)):
+        count = lambda i: sum(s["label"] == rows[i]["sample"]["label"] for s in chosen) if task["labels"] else 0
+        order.sort(key=count)  # stable: the order of the draw decides among equals
+        chosen.append(rows[order.pop(0)]["sample"])
+    if len(chosen) < n:
+        raise common.BadInput(f"task {task['name']}: {n} real samples are wanted in the prompt, the data has "
+                              f"{len(chosen)}: add rows, or lower 'shots' of the task")
+    return chosen
+
+
+def write_samples(llm, task, shots, given, opening, call, held_out, cfg):
+    """One sample for each of `given` (a label, or nothing), asked for again until it is well formed and its text is
+    none of those held out for the test."""
+    found, missing, tries, idle = [], list(given), 0, 0
+    while missing:
+        prompts = [build_prompt(task, WRITE, shots, g, opening) for g in missing]
+        texts = llm([(asked, begun) for asked, begun, _ in prompts], [call, opening, tries],
+                    temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
+        again = []
+        for text, g, (_, _, rest) in zip(texts, missing, prompts):
+            sample = {**(common.parse_sample(text, rest, task["stop"]) or {}), **g}
+            fine = common.well_formed(task, sample)
+            fine = fine and common.student_row(task, sample)["prompt"] not in held_out
+            found.append(sample) if fine else again.append(g)
+        llm.asked, llm.kept = llm.asked + len(missing), llm.kept + len(missing) - len(again)
+        tries, idle = tries + 1, idle + 1 if len(again) == len(missing) else 0
+        missing = again
+        if idle == 20:
+            raise common.BadInput(f"not one text of the LLM could be used in 20 calls; it wrote {texts[:3]}: see the "
+                                  f"task's prompt, lengths, check and max_new, and {llm.file}")
+    return found
+
+
+def llm_answers(llm, task, shots, rows):
+    """What the LLM itself answers, greedily, to rows of the task, with the same real samples in its prompt."""
+    fields = [{f: r["sample"][f] for f in task["fields"]} for r in rows]
+    prompts = [build_prompt(task, SOLVE, shots, given) for given in fields]
+    texts = llm([(asked, begun) for asked, begun, _ in prompts], "answers")
+    parsed = [common.parse_sample(t, rest, task["stop"]) for t, (_, _, rest) in zip(texts, prompts)]
+    texts = [p["label"] if p else "" for p in parsed]
+    plain = lambda text: re.sub(r"[\W_]+", " ", text.lower()).strip()  # "Not entailment." is not_entailment
+    words = sorted(task["labels"], key=len, reverse=True)
+    return [next((w for w in words if plain(t).startswith(plain(w))), t) for t in texts]
+
+
+class Samples(list):
+    """What was written so far: dicts of sample, round, opening, energy, and whether it was fed back."""
+
+    def state_dict(self):
+        return {"all": list(self)}
+
+    def load_state_dict(self, state):
+        self[:] = state["all"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The loop
+# The loops: first the LLM writes, then the student learns
 # ---------------------------------------------------------------------------------------------------------------
 def train(cfg):
-    common.check_settings(cfg, control=["ood", "plain", "real"], select=["band", "top", "random", "none"],
-                          loss=["sce", "ce"], budget=(1, 10**9), round_size=(1, 10**6), feedback=(1, 10**6),
-                          temperature=(0, 1e3), top_k=(0, 10**9), top_p=(1e-9, 1), retrain=(1, 10**9),
-                          passes=(1, 10**6), alpha=(0, 1e6), beta=(0, 1e6), label_noise=(0, 1), pad_energy=(0, 10**6))
-    if cfg.control != "ood" and cfg.select != "none":
-        raise common.BadInput(f"--control {cfg.control} has no OOD samples to select feedback from: add --select none")
+    common.check_settings(cfg, select=["band", "top", "random", "none"], budget=(1, 10**9), round_size=(1, 10**6),
+                          feedback=(1, 10**6), temperature=(0, 1e3), top_k=(0, 10**9), top_p=(1e-9, 1),
+                          retrain=(1, 10**9), passes=(1, 10**6), alpha=(0, 1e6), beta=(0, 1e6))
     run = common.Run(cfg, __file__)
     if run.finished:
         return run.finished
-    device, dtype = run.device, common.compute_dtype(cfg, run.device)
+    device = run.device
 
     # models: the teacher is frozen and in the compute dtype, the student keeps fp32 weights and is cast on the fly
     task = common.load_task(cfg.task)
-    cfg = replace(cfg, data=task["data"] if cfg.data == "auto" else cfg.data)
+    cfg = replace(cfg, data=(task["data"] if cfg.data == "auto" else cfg.data))
     if not cfg.data:
         raise common.BadInput(f"--task {cfg.task} names no data set: give --data, for real samples and for the test")
     student, teacher, tokenizer = common.load_pair(cfg, device, same_tokens=False, world=task["world"])
@@ -160,118 +258,130 @@ def train(cfg):
     scorer = copy.deepcopy(student)
 
     # data
-    rows = common.load_rows(cfg, task["world"], common.row_reader(task), {task["train"]: "train", task["test"]: "test"})
+    rows = common.load_rows(cfg, task["world"], common.sample_reader(task),
+                            {task["train"]: "train", task["test"]: "test"})
+    topics = common.load_topics(cfg, task["world"])
     encode = common.row_encoder(cfg, student, None, tokenizer)
-    valid, test = [encode(r) for r in rows["valid"][:200]], [encode(r) for r in rows["test"][:cfg.eval_rows]]
-    real = common.pick_shots(task, rows["train"], task["shots"], random.Random(cfg.seed))
-    llm_tokenizer = common.load_tokenizer(common.resolve(cfg.teacher, "teacher", cfg.data, task["world"]), "teacher")
-    llm = common.Writer(teacher, llm_tokenizer, run.dir / "written.jsonl", cfg.llm_prompt, task["max_new"], cfg.seed)
-    decoding = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
-    b, words = cfg.round_size, list(task["labels"])
+    valid = [encode(r) for r in rows["valid"][:200]]
+    test = [encode(r) for r in rows["test"][:cfg.eval_rows]]
+    held_out = {r["prompt"] for split in ("valid", "test") for r in rows[split]}
+    real = pick_shots(task, rows["train"], task["shots"], random.Random(cfg.seed))
+    llm_path = common.resolve(cfg.teacher, "teacher", cfg.data, task["world"])
+    llm = common.LLM(teacher, common.load_tokenizer(llm_path, "teacher"), run.dir / "written.jsonl", cfg.llm_prompt,
+                     task["max_new"], cfg.seed)
     print(f"task {task['name']}: {len(real)} real samples in every prompt, {len(valid)} valid, {len(test)} test rows")
 
-    # what is called in the loop
-    student_fwd, scorer_fwd = common.response_states(student, cfg.compile), common.response_states(scorer)
-    alpha, beta = (cfg.alpha, cfg.beta) if cfg.loss == "sce" else (1.0, 0.0)
-    row_loss = common.try_compile(sce_loss, dynamic=True) if cfg.compile else sce_loss
-
-    def ruler(model, examples):
+    def evaluate(model, examples):
         answers = common.sampled(model, examples, tokenizer, cfg, temperature=0.0)
         texts = [tokenizer.decode(e.response, skip_special_tokens=True) for e in answers]
         return common.task_metrics(task, texts, [e.row for e in examples])
 
-    def energies_of(samples):
-        fill = [tokenizer.pad_token_id or 0] * cfg.pad_energy
-        examples = [encode(common.student_row(task, s)) for s in samples]
-        examples = [replace(e, response=e.response + fill[len(e.response):]) for e in examples]
-        sums = common.per_response(lambda q, p, y: (energy(q),), scorer, None, examples, cfg)[:, 0]
-        return [x / len(e.response) for x, e in zip(sums.tolist(), examples)]
+    before = evaluate(student, test)
 
-    before = ruler(student, test)
-
-    # optimizer
-    optimizer, scorer_optimizer = (torch.optim.AdamW(
-        m.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=cfg.weight_decay, fused=True)
-        for m, lr in ((student, cfg.lr), (scorer, cfg.scorer_lr)))
-    pool, per_round = common.Pool(), 2 * b if cfg.control == "ood" else b
-    rounds = math.ceil(cfg.budget / per_round)
+    # optimizers
+    optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
+                                  weight_decay=cfg.weight_decay, fused=True)
+    scorer_optimizer = torch.optim.AdamW(scorer.parameters(), lr=cfg.scorer_lr, betas=(0.9, 0.98),
+                                         weight_decay=cfg.weight_decay, fused=True)
+    samples, rounds = Samples(), math.ceil(cfg.budget / (2 * cfg.round_size if cfg.ood else cfg.round_size))
     parts = dict(student=student, optimizer=optimizer, scorer=scorer, scorer_optimizer=scorer_optimizer,
-                 pool=pool, llm=llm)
+                 samples=samples, llm=llm)
     start = run.start(first=-rounds, **parts)  # rounds count up to 0, the step at which the final student starts
-    scorer.train()
 
-    # first the samples: what is drawn depends on seed and round alone
+    to_example = lambda sample: encode(common.student_row(task, sample))
     for step in range(start, 0):
-        t, rng = step + rounds, random.Random(f"{cfg.seed} {step + rounds}")
-
-        # the scorer: a few epochs of CE over everything so far; its weights and optimizer go on from the last time
-        if t > 0 and t % cfg.retrain == 0 and cfg.control == "ood":
-            known = [encode(common.student_row(task, s["sample"])) for s in pool.all]
-            for _ in range(cfg.passes):
-                order = rng.sample(range(len(known)), len(known))
-                for i in range(0, len(known), cfg.batch_size):
-                    batch = common.collate([known[j] for j in order[i:i + cfg.batch_size]], scorer).to(device)
-                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        hidden = scorer_fwd(batch)  # (R,H)
-                    loss = common.rowwise_loss(lambda q, p, y: sce_loss(q, y, 1.0, 0.0), scorer, hidden, batch.targets)
-                    (loss[0] / len(batch.targets)).backward()
-                    scorer_optimizer.step()
-                    scorer_optimizer.zero_grad(set_to_none=True)
-
-        # Eqs. 1 and 2: labels first, then texts; energies and feedback from what was asked to be different
-        feedback = [s["sample"] for s in pool.all if s["round"] == t - 1 and s["fed"]] if t % 2 == 0 else []
-        labels = [[{"label": rng.choice(words)} if words else {} for _ in range(b)] for _ in range(2)]
-        if cfg.control == "real":
-            fresh = [rows["train"][(t * b + i) % len(rows["train"])]["sample"] for i in range(b)]
-        else:
-            fresh = llm.samples(task, real + feedback, labels[0], "plain", t, **decoding)
-        new = [{"sample": s, "round": t, "control": "plain", "fed": False} for s in fresh]
-        if cfg.control == "ood":
-            strange = llm.samples(task, real + feedback + fresh[:2], labels[1], "ood", t, **decoding)
-            energies = common.from_zero(energies_of(strange))
-            chosen = select_feedback(energies, cfg.select, cfg.feedback, rng)
-            new += [{"sample": s, "round": t, "control": "ood", "fed": i in chosen, "energy": e}
-                    for i, (s, e) in enumerate(zip(strange, energies))]
-        pool.all += new
+        t, rng = step + rounds, random.Random(f"{cfg.seed} {step + rounds}")  # what is drawn hangs on these alone
+        if cfg.ood and t > 0 and t % cfg.retrain == 0:
+            known = [to_example(s["sample"]) for s in samples]
+            train_scorer(scorer, scorer_optimizer, known, rng, cfg, run)
+        samples += write_round(t, rng, task, llm, real, samples, held_out, scorer, to_example, cfg)
         if t % cfg.log_every == 0 or t + 1 == rounds:
-            known = {} if cfg.control != "ood" else {"energy": sum(energies) / b}
-            run.log(step, round=t, samples=len(pool.all), asked=llm.asked / max(1, llm.kept), **known,
-                    **common.census(task, pool.all))
-            run.print(f"      {[s['sample'] for s in new if s['fed']][:2] or fresh[:1]}")
+            new = [s for s in samples if s["round"] == t]
+            strange = [s["energy"] for s in new if "energy" in s]
+            run.log(step, round=t, samples=len(samples), asked=llm.asked / max(1, llm.kept),
+                    **({"energy": float(np.mean(strange))} if strange else {}), **common.coverage(samples, topics))
+            run.print(f"      {[s['sample'] for s in new if s['fed']][:2] or [new[0]['sample']]}")
         run.end_step(step + 1, **parts)
 
-    # then the student, fresh, on the budget
-    pool.write(run.dir / "samples.jsonl")
-    samples = [s["sample"] for s in pool.all[:cfg.budget]]
-    noise = random.Random(f"noise {cfg.seed}")
-    examples = [encode(common.student_row(task, s if noise.random() >= cfg.label_noise or not words else
-                                          {**s, "label": noise.choice([w for w in words if w != s["label"]])}))
-                for s in samples]
+    if common.processes()[0] == 0:  # the data set that was made, for people and other scripts
+        flat = [{**s["sample"], **{k: v for k, v in s.items() if k != "sample"}} for s in samples]
+        (run.dir / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in flat), encoding="utf-8")
+    examples = [to_example(s["sample"]) for s in samples[:cfg.budget]]
+    train_student(student, optimizer, examples, max(0, start), lambda: evaluate(student, valid),
+                  lambda: common.show_samples(run, student, valid, tokenizer, cfg), parts, cfg, run)
+
+    asked = [e.row for e in test]
+    report = {"teacher": common.task_metrics(task, llm_answers(llm, task, real, asked), asked)}
+    after = {**evaluate(student, test), **common.coverage(samples, topics)}
+    return run.finish(student, tokenizer, {**report, "before": before, "after": after})
+
+
+def write_round(t, rng, task, llm, real, samples, held_out, scorer, to_example, cfg):
+    """Eqs. 1, 2 and 4: the samples of round t. Labels first, then texts."""
+    words, b = list(task["labels"]), cfg.round_size
+    feedback = [s["sample"] for s in samples if s["round"] == t - 1 and s["fed"]] if t % 2 == 0 else []
+    labels = [[{"label": rng.choice(words)} if words else {} for _ in range(b)] for _ in range(2)]
+    fresh = write_samples(llm, task, real + feedback, labels[0], "plain", t, held_out, cfg)
+    new = [{"sample": s, "round": t, "opening": "plain", "fed": False} for s in fresh]
+    if not cfg.ood:
+        return new
+    strange = write_samples(llm, task, real + feedback + fresh[:2], labels[1], "ood", t, held_out, cfg)
+    energies = common.broadcast(energies_of(scorer, [to_example(s) for s in strange], cfg))
+    chosen = select_feedback(energies, cfg.select, cfg.feedback, rng)
+    return new + [{"sample": s, "round": t, "opening": "ood", "fed": i in chosen, "energy": e}
+                  for i, (s, e) in enumerate(zip(strange, energies))]
+
+
+def energies_of(scorer, examples, cfg):
+    """Eq. 3: the mean over the tokens of each response."""
+    sums = common.per_response(lambda q, p, y: (energy(q),), scorer, None, examples, cfg)[:, 0]
+    return [x / len(e.response) for x, e in zip(sums.tolist(), examples)]
+
+
+def train_scorer(scorer, optimizer, examples, rng, cfg, run):
+    """A few epochs of plain CE over everything so far; weights and optimizer go on from the last time."""
+    dtype, scorer_fwd = common.compute_dtype(cfg, run.device), common.response_states(scorer)
+    scorer.train()
+    for _ in range(cfg.passes):
+        order = rng.sample(range(len(examples)), len(examples))
+        for i in range(0, len(examples), cfg.batch_size):
+            batch = common.collate([examples[j] for j in order[i:i + cfg.batch_size]], scorer).to(run.device)
+            with torch.autocast(run.device.type, dtype, enabled=dtype != torch.float32):
+                hidden = scorer_fwd(batch)  # (R,H)
+            sums = common.rowwise_loss(lambda q, _, y: sce_loss(q, y, 1.0, 0.0), scorer, hidden, batch.targets)
+            (sums[0] / len(batch.targets)).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def train_student(student, optimizer, examples, start, evaluate, show, parts, cfg, run):
+    """The fresh student on everything that was written, by Eq. 5."""
+    device, dtype = run.device, common.compute_dtype(cfg, run.device)
     batches = common.Batches(examples, student, None, cfg, device)
+    student_fwd = common.response_states(student, cfg.compile)
+    compiled_loss = common.try_compile(sce_loss) if cfg.compile else sce_loss
+    row_loss = lambda q, _, y: compiled_loss(q, y, cfg.alpha, cfg.beta)
     student.train()
 
-    for step in range(max(0, start), cfg.steps + 1):
+    for step in range(start, cfg.steps + 1):
         if step % cfg.eval_every == 0 or step == cfg.steps:
-            run.evaluated(step, ruler(student, valid))
-            common.show_samples(run, student, valid, tokenizer, cfg)
+            run.evaluated(step, evaluate())
+            show()
         if step == cfg.steps:
             break
 
-        # learning rate: linear warm-up, then a cosine down to a tenth
-        progress = max(0.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
-        lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup)) * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        lr = common.lr_at(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # one optimizer step over accum micro-batches: sums are divided once, by the tokens of the whole step
         micro = batches.at(step)
-        n_tokens = common.total(sum(len(b.targets) for b in micro))
+        n_tokens = common.all_reduce_sum(sum(len(b.targets) for b in micro))
         totals = 0.0
         for batch in micro:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 student_hidden = student_fwd(batch)  # (R,H)
-            sums = common.rowwise_loss(lambda q, p, y: row_loss(q, y, alpha, beta), student, student_hidden,
-                                       batch.targets)  # loss, CE
+            sums = common.rowwise_loss(row_loss, student, student_hidden, batch.targets)  # loss, CE
             (sums[0] / n_tokens).backward()
             totals = totals + sums.detach() / n_tokens
         common.reduce_gradients(student, totals)
@@ -283,11 +393,6 @@ def train(cfg):
             loss, ce = totals.tolist()
             run.log(step, loss=loss, ce=ce, grad_norm=grad_norm.item(), lr=lr, tokens=n_tokens)
         run.end_step(step + 1, **parts)
-
-    asked = [e.row for e in test]  # the LLM itself, with the same real samples in its prompt
-    report = {"teacher": common.task_metrics(task, llm.answers(task, real, asked), asked)}
-    after = {**ruler(student, test), **common.census(task, pool.all)}
-    return run.finish(student, tokenizer, {**report, "before": before, "after": after})
 
 
 if __name__ == "__main__":
