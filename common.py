@@ -335,7 +335,7 @@ class Run:
         try:
             self.device = torch.device(join_processes(cfg.device))
             torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError):  # absent, unknown, or torch was built without it
+        except (RuntimeError, AssertionError, AttributeError):  # absent, unknown, or torch was built without it
             raise BadInput(f"--device {cfg.device}: not usable on this machine; leave it out for auto") from None
         fields, _ = config_fields(type(cfg))
         values = {name: getattr(cfg, name) for name in fields}
@@ -790,6 +790,8 @@ def load_rows(cfg, world="answers", read=prompt_and_response, names=None):
     saved or hub data set."""
     path = Path(resolve(cfg.data, "data", cfg.data, world))
     if path.is_file() or path.suffix in (".jsonl", ".json", ".csv", ".txt"):
+        if not path.exists():
+            raise BadInput(f"--data {cfg.data}: no such file")
         found = {"train": read_records(path)}
     elif (path / "train.jsonl").is_file():
         found = {s: read_records(path / f"{s}.jsonl") for s in ("train", "valid", "test")

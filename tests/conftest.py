@@ -1,11 +1,13 @@
 """Tiny random models of every supported architecture, saved as real model directories. Offline, a few seconds in all."""
 import dataclasses
-import importlib
+import functools
+import importlib.util
 import json
 import os
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parents[1]
@@ -14,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     GPT2Config,
     LlamaConfig,
@@ -23,6 +25,8 @@ from transformers import (
     Qwen2Config,
     T5Config,
 )
+
+import common
 
 torch.set_num_threads(1)  # steps this small are many times slower on two threads
 WORDS = "the a cat dog bird sat ran on under mat tree house red blue green and then it was very happy sad !".split()
@@ -37,7 +41,6 @@ def small_tokenizer(t5=False):
     text = [" ".join(rng.choices(WORDS, k=12)) for _ in range(200)]
     backend.train_from_iterator(text, trainers.BpeTrainer(
         vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    from tokenizers import decoders
     backend.decoder = decoders.ByteLevel()
     if t5:
         backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -101,20 +104,54 @@ def make_corpus(path):
     return path
 
 
-def make_gold_world(root, kind="reviews"):
-    """A world 2 whose LLM was trained for a second: it writes well-formed samples, if not good ones."""
-    from assets import world2
-    models = {**world2.MODELS, "rows": {"train": 60, "valid": 10, "each_topic": 1},
-              "teacher": {"hidden": 32, "layers": 1, "heads": 2, "documents": 600, "steps": 40, "batch_size": 8, "lr": 1e-2},
-              "student": {"hidden": 16, "layers": 1, "heads": 2}}
-    root.mkdir(parents=True, exist_ok=True)
+@functools.cache
+def prepare(world):
+    """data/<world>/prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"prepare_{world}", ROOT / f"data/{world}/prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def small_grammar(world, path, **changes):
+    """data/<world>/grammar.json with some of its entries changed, for a world that is made in seconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**json.loads((ROOT / f"data/{world}/grammar.json").read_text()), **changes}))
+    return path
+
+
+def make_world(world, root, grammar, *options):
+    """What `python data/<world>/prepare.py root` makes from a small grammar, unless it is there already. The commands
+    that it runs are run in this process, and evaluate on one row: to start torch takes longer than to train."""
+    if root.exists():
+        return root
+    module = prepare(world)
+
+    def run_here(command, **kw):
+        script = importlib.import_module(Path(command[1]).stem)
+        script.train(common.parse_args(script.Config, [*command[2:], "--eval-rows", "1"]))
+        return SimpleNamespace(stdout=[], wait=lambda: 0)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(world2, "MODELS", models)
-        m.setattr(world2, "KINDS", {k: {**v, "teacher": {"steps": 120} if k == "sums" else {}, "student": {}} for k, v in world2.KINDS.items()})
-        return world2.build(0, root, kind=kind)
+        m.setattr(module, "subprocess", SimpleNamespace(Popen=run_here, PIPE=None, STDOUT=None))
+        m.setattr(sys, "argv", ["prepare.py", str(root), "--grammar", str(grammar), *options])
+        module.main()
+    return root
+
+
+def make_gold_world(root, kind="reviews"):
+    """A reviews world whose LLM was trained for a second: it writes well-formed samples, if not good ones."""
+    llm = {"width": 32, "layers": 1, "heads": 2, "pages": 600, "steps": 120 if kind == "sums" else 40, "batch_size": 8, "lr": 1e-2}
+    grammar = small_grammar("reviews", root / f"{kind}.json", rows={"train": 60, "valid": 10, "each_topic": 1},
+                            models={"teacher": llm, "student": {"width": 16, "layers": 1, "heads": 2}})
+    return make_world("reviews", root / kind, grammar, "--kind", kind)
 
 
 SMALL_GOLD = dict(task="reviews", budget=48, round_size=4, retrain=2, passes=1, log_every=1, max_response=6, eval_rows=20)
+
+
+def settings_of(config_class):
+    """The names of what can be set: the fields of a Config without its `unused`."""
+    return {f.name for f in dataclasses.fields(config_class)} - set(config_class.unused)
 
 
 def small_run(config_class, pair, data, out, /, **settings):
@@ -122,31 +159,32 @@ def small_run(config_class, pair, data, out, /, **settings):
     small = dict(teacher=str(pair[0]), student=str(pair[1]), data=str(data), max_prompt=24, max_response=24, steps=4,
                  batch_size=8, lr=1e-3, warmup=2, eval_every=2, eval_rows=4, log_every=1, save_every=2, holdout=0.1,
                  max_tokens=16, interval=2, gap_rows=4, device="cpu", compile=False, out=str(out))
-    return config_class(**{**{k: v for k, v in small.items() if k in config_class.__dataclass_fields__}, **settings})
+    return config_class(**{**{k: v for k, v in small.items() if k in settings_of(config_class)}, **settings})
 
 
 def any_run(script, root, out, /, **settings):
     """small_run of any script, its models and data made in `root` where they are missing; settings that the script does
     not have are left out. For the tools kill.py, fuzz.py and museum.py."""
     config = importlib.import_module(script).Config
-    fields = config.__dataclass_fields__
-    settings = {k: v for k, v in settings.items() if k in fields}
+    names = settings_of(config)
+    settings = {k: v for k, v in settings.items() if k in names}
     if script == "gold":
         world = make_gold_world(root / "gold")
         return small_run(config, (world / "teacher", world / "student"), world / "data", out, **{**SMALL_GOLD, **settings})
     pair = root / "models/teacher", root / "models/student"
     if not pair[1].exists():
         make_pair("gpt2", root / "models")  # GPT-2 has dropout
-    data = root / ("rows.jsonl" if "prompt_field" in fields else "corpus")
+    data = root / ("rows.jsonl" if "prompt_field" in names else "corpus")
     if not data.exists():
-        make_rows(data) if "prompt_field" in fields else make_corpus(data)
+        make_rows(data) if "prompt_field" in names else make_corpus(data)
     return small_run(config, pair, data, out, **settings)
 
 
 def flags(cfg):
     """The command line that gives these settings."""
-    names = {k: k.replace("_", "-") for k in vars(cfg)}
-    return [f"--{'' if v else 'no-'}{names[k]}" if isinstance(v, bool) else f"--{names[k]}={v}" for k, v in vars(cfg).items()]
+    names = {k: k.replace("_", "-") for k in vars(cfg) if k in settings_of(type(cfg))}
+    values = {k: getattr(cfg, k) for k in names}
+    return [f"--{'' if v else 'no-'}{names[k]}" if isinstance(v, bool) else f"--{names[k]}={v}" for k, v in values.items()]
 
 
 @pytest.fixture(scope="session")
@@ -184,7 +222,6 @@ def resumes_bitwise(monkeypatch, capsys):
     of an earlier epoch). Compared: student directory, log.jsonl without times, result.json without times and memory.
     """
     def run(train, cfg, died=3):
-        import common
         saved = died - died % cfg.save_every
         assert 0 < saved < died < cfg.steps, "the kill must lie after a checkpoint and before the end"
         whole, cut = (dataclasses.replace(cfg, out=cfg.out + name) for name in ("-whole", "-cut"))

@@ -9,7 +9,6 @@ import transformers
 from conftest import KINDS, any_run, small_config
 
 import common
-from assets import speed
 from common import Example
 
 CPU = torch.device("cpu")
@@ -39,9 +38,9 @@ def test_rows_predict_exactly_the_response_tokens_incl_eos(pair, kind):
     assert (batch.targets == 0).sum() == 6 and batch.lengths.tolist() == [len(e.response) for e in examples()]
     if not model.config.is_encoder_decoder:
         flat = batch.tokens.flatten()
-        assert torch.equal(flat[batch.rows + 1], batch.targets)  # pad is 0 and so is EOS: lengths decide, not ids
+        assert torch.equal(flat[batch.positions + 1], batch.targets)  # pad is 0 and so is EOS: lengths decide, not ids
         starts = [len(e.prompt) - 1 for e in examples()]
-        firsts = [batch.rows[(batch.owner == i)][0].item() - i * batch.tokens.shape[1] for i in range(6)]
+        firsts = [batch.positions[(batch.owner == i)][0].item() - i * batch.tokens.shape[1] for i in range(6)]
         assert firsts == starts
 
 
@@ -49,7 +48,7 @@ def test_rows_predict_exactly_the_response_tokens_incl_eos(pair, kind):
 def test_padding_is_invisible(pair, kind):
     model, _ = load(pair, kind)
     states = common.response_states(model)
-    batch = common.collate(examples(), model, edges=(40,))
+    batch = common.collate(examples(), model, bucket_widths=(40,))
     together = states(batch).detach()
     garbage = dataclasses.replace(batch, tokens=batch.tokens.clone())
     if model.config.is_encoder_decoder:
@@ -77,8 +76,8 @@ def test_batches_are_a_function_of_the_step_and_cover_an_epoch(pair, config):
 def test_at_most_eight_widths_when_compiled(pair, config):
     model, _ = load(pair, "gpt2")
     batches = common.Batches(examples(12), model, None, config(batch_size=4, compile=True), CPU)
-    assert len(batches.edges) <= 8 and batches.edges[-1] >= batches.length.max()
-    assert {b.tokens.shape[1] for s in range(9) for b in batches.at(s)} <= set(batches.edges)
+    assert len(batches.bucket_widths) <= 8 and batches.bucket_widths[-1] >= batches.length.max()
+    assert {b.tokens.shape[1] for s in range(9) for b in batches.at(s)} <= set(batches.bucket_widths)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "opt", "t5-scaled"])
@@ -261,11 +260,11 @@ def test_another_teacher_never_meets_the_cache(pair):
 def test_noise_is_that_of_exponential():
     like = torch.empty(7, 501)
     plain = torch.empty_like(like).exponential_(generator=torch.Generator().manual_seed(3)).clamp(min=1e-30).log().neg()
-    assert torch.equal(speed.gumbel(like, torch.Generator().manual_seed(3)), plain)
+    assert torch.equal(common.gumbel(like, torch.Generator().manual_seed(3)), plain)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
-def test_a_roomy_cache_changes_no_sample(kind, monkeypatch):
+def test_a_preallocated_cache_changes_no_sample(kind, monkeypatch):
     torch.manual_seed(0)
     auto = transformers.AutoModelForSeq2SeqLM if kind == "t5" else transformers.AutoModelForCausalLM
     model = auto.from_config(small_config(kind, 32, 40)).eval()
@@ -273,12 +272,12 @@ def test_a_roomy_cache_changes_no_sample(kind, monkeypatch):
     prompts = [list(range(2, 3 + n)) for n in (1, 4, 9, 2, 7, 3)]
     hot = 100.0 if kind == "t5" else 1.0  # small random T5s repeat themselves
     made = lambda: common.sample(model, prompts, 40, hot, seed=2, eos=1)  # rows end at different times and leave
-    monkeypatch.setattr(speed, "STEP", 3)  # room is added often
-    roomy = made()
-    assert len({len(r) for r in roomy[0]}) > 2
-    monkeypatch.setattr(common, "roomy_cache", lambda config: transformers.DynamicCache(config=config))
+    monkeypatch.setattr(common, "STEP", 3)  # room is added often
+    preallocated = made()
+    assert len({len(r) for r in preallocated[0]}) > 2
+    monkeypatch.setattr(common, "preallocated_cache", lambda config: transformers.DynamicCache(config=config))
     plain = made()
-    assert roomy[0] == plain[0] and all(torch.equal(a, b) for a, b in zip(roomy[1], plain[1]))
+    assert preallocated[0] == plain[0] and all(torch.equal(a, b) for a, b in zip(preallocated[1], plain[1]))
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -288,13 +287,13 @@ def test_recomputed_layers_give_the_same_gradients_and_the_sampler_keeps_its_cac
     student = common.load_model(str(pair(kind)[1]), torch.device("cpu")).train(train)
     batch = common.collate([Example([5, 6, 7], [5, 6, 7], [8, 9, 3]), Example([4, 9], [4, 9], [7, 2])], student)
     calls, grads = [], []
-    layer = next(m for m in student.modules() if isinstance(m, speed.GradientCheckpointingLayer))
+    layer = next(m for m in student.modules() if isinstance(m, common.GradientCheckpointingLayer))
     layer.register_forward_pre_hook(lambda *_: calls.append("outside"))
     leaf = next(m for m in layer.modules() if not list(m.children()) and list(m.parameters()))
     leaf.register_forward_pre_hook(lambda *_: calls.append("inside"))
     for again in (False, True):
         if again:
-            speed.recompute(student)
+            common.recompute(student)
         calls.clear()
         torch.manual_seed(0)
         common.response_states(student)(batch).square().sum().backward()

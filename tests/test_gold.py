@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_GOLD, make_gold_world, make_pair, outcome, small_run
+from conftest import ROOT, SMALL_GOLD, make_gold_world, make_pair, outcome, prepare, small_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import gold
-from assets import tasks, world2
+from gold import SOLVE, WRITE, build_prompt
 
 CPU = torch.device("cpu")
+TASKS = json.loads((ROOT / "data/tasks.json").read_text())["tasks"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ SVAMP = [{"Body": "Ann has 3 figs and eats 1.", "Question": "How many are left?"
 
 
 def test_prompt_of_a_classification_task():
-    asked, begun, rest = tasks.render(tasks.load_task("rte"), "write", RTE, {"label": "entailment"}, "ood")
+    asked, begun, rest = build_prompt(common.load_task("rte"), WRITE, RTE, {"label": "entailment"}, "ood")
     assert asked == (
         "Each sample of this task has a Sentence1 and a Sentence2. The label is entailment if Sentence2 must be true when "
         "Sentence1 is, and not_entailment if it need not be.\n\nSample 1:\nLabel: not_entailment\nSentence1: A man sleeps.\n"
@@ -86,46 +87,45 @@ def test_prompt_of_a_classification_task():
         "after it.\n\n")
     assert begun == ("Here is a new sample. Sentence2 follows from Sentence1. It is about another topic, from another domain, "
                      "and very different from every sample above.\n\nLabel: entailment\nSentence1:")
-    assert tasks.parse(" It rains.\nSentence2: It is wet.\n\nSample 2:", rest, ["\n\n"]) == \
+    assert common.parse_sample(" It rains.\nSentence2: It is wet.\n\nSample 2:", rest, ["\n\n"]) == \
         {"Sentence1": "It rains.", "Sentence2": "It is wet."}
-    asked, begun, rest = tasks.render(tasks.load_task("rte"), "solve", RTE, {"Sentence1": "{x}", "Sentence2": "B."})
+    asked, begun, rest = build_prompt(common.load_task("rte"), SOLVE, RTE, {"Sentence1": "{x}", "Sentence2": "B."})
     assert asked.endswith("Sentence2: Nobody is awake.\nLabel: not_entailment\n\nGive the Label of the next sample, and nothing after it.\n\n")
     assert begun == "Sentence1: {x}\nSentence2: B.\nLabel:" and rest == "{label}"
 
 
 def test_prompt_of_a_task_with_answers():
-    asked, begun, rest = tasks.render(tasks.load_task("svamp"), "write", SVAMP, {}, "plain")
+    asked, begun, rest = build_prompt(common.load_task("svamp"), WRITE, SVAMP, {}, "plain")
     assert asked.endswith("\n\nSample 1:\nBody: Ann has 3 figs and eats 1.\nQuestion: How many are left?\nEquation: ( 3.0 - 1.0 )\n\n"
                           "Write one more sample of this task, new and complete, in the same form, and nothing after it.\n\n")
     assert begun == "Here is a new sample.\n\nBody:" and rest == "{Body}\nQuestion: {Question}\nEquation: {label}"
-    got = tasks.parse("Bo had 5.\nQuestion: And now?\nEquation: 5 + 1", rest, ["\n\n"])
+    got = common.parse_sample("Bo had 5.\nQuestion: And now?\nEquation: 5 + 1", rest, ["\n\n"])
     assert got == {"Body": "Bo had 5.", "Question": "And now?", "label": "5 + 1"}
 
 
 @pytest.mark.parametrize("text", ["", "only a body", "Bo. Equation: 5", "\n\nSample 2:", "Question: what? Equation: 1"])
 def test_text_that_does_not_fit_is_no_sample(text):
-    rest = tasks.render(tasks.load_task("svamp"), "write", SVAMP, {})[2]
-    assert tasks.parse(text, rest, ["\n\n"]) is None
+    rest = build_prompt(common.load_task("svamp"), WRITE, SVAMP, {})[2]
+    assert common.parse_sample(text, rest, ["\n\n"]) is None
 
 
 def test_every_entry_renders_parses_and_reads_its_columns():
-    table = json.loads(tasks.FILE.read_text())
-    assert len(set(table["tasks"]) - {"reviews", "sums"}) == 10
-    for name in table["tasks"]:
-        task = tasks.load_task(name)
+    assert len(set(TASKS) - {"reviews", "sums"}) == 10
+    for name in TASKS:
+        task = common.load_task(name)
         sample = {f: f"some text for {f}" for f in task["fields"]} | {"label": next(iter(task["labels"]), "1 + 1")}
         given = {"label": sample["label"]} if task["labels"] else {}
-        _, begun, rest = tasks.render(task, "write", [sample] * 3, given, "ood")
+        _, begun, rest = build_prompt(task, WRITE, [sample] * 3, given, "ood")
         whole = task["write"]["sample"].format(**sample)
         completion = whole[len(whole) - len(rest.format(**sample)):]
-        assert {**tasks.parse(completion, rest, task["stop"]), **given} == sample, name
+        assert {**common.parse_sample(completion, rest, task["stop"]), **given} == sample, name
         raw = {}
         for column, value in [*((c, sample[f]) for f, c in task["fields"].items()), (task["label"], 0 if task["labels"] else ["1 + 1", "2"])]:
             inside = raw
             for part in column.split(".")[:-1]:
                 inside = inside.setdefault(part, {})
             inside[column.split(".")[-1]] = value
-        row = tasks.row_reader(task)(raw, "here", None)
+        row = common.sample_reader(task)(raw, "here", None)
         assert row["sample"] == sample and row["prompt"] == task["student"].format(**sample) and row["response"] == sample["label"]
 
 
@@ -134,17 +134,17 @@ def test_every_entry_renders_parses_and_reads_its_columns():
 # ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("text, value", [("12 - 5", 7), ("( 8.0 - 3.0 ) * 2", 10), ("x = 7 / 2", 3.5), ("3 + 4 = 7", 7), ("-2+1", -1)])
 def test_equations_have_values(text, value):
-    assert tasks.value_of(text) == pytest.approx(value)
+    assert common.value_of(text) == pytest.approx(value)
 
 
 @pytest.mark.parametrize("text", ["", "five", "__import__('os').system('true')", "2 ** 9 ** 9", "1 / 0", "(1).real", "[1][0]", "True + 1",
                                   "(" * 500, "lambda: 1", "9" * 400])
 def test_nothing_but_arithmetic_has_a_value(text):
-    assert tasks.value_of(text) is None
+    assert common.value_of(text) is None
 
 
 def test_filters():
-    fine = lambda name, **s: tasks.well_formed(tasks.load_task(name), s)
+    fine = lambda name, **s: common.well_formed(common.load_task(name), s)
     assert fine("rte", Sentence1="x" * 11, Sentence2="y" * 399, label="entailment")
     assert not fine("rte", Sentence1="x" * 10, Sentence2="y" * 20, label="entailment")
     assert not fine("rte", Sentence1="x" * 11, Sentence2="y" * 400, label="entailment")
@@ -155,15 +155,10 @@ def test_filters():
 
 
 def test_scores():
-    score = lambda name, text, *right: tasks.score(tasks.load_task(name), text, {"references": list(right)})
+    score = lambda name, text, *right: common.score(common.load_task(name), text, {"references": list(right)})
     assert score("rte", " entailment", "entailment") == 1 and score("rte", "not_entailment", "entailment") == 0
     assert score("squad", "b", "a", "b") == 1 and score("svamp", "1 + 3", "( 3.0 + 1.0 )") == 1 and score("svamp", "?", "3 + 1") == 0
     assert 0 < score("nl4opt", "maximise x", "maximise x + y") < 1
-
-
-def test_auroc_compares_inside_a_round_only():
-    assert tasks.auroc([([2, 3], [1, 2])]) == pytest.approx(0.875) and tasks.auroc([([], [1])]) is None
-    assert tasks.auroc([([1], [0]), ([-9], [-10])]) == 1.0  # energies drift while the scorer learns
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -185,8 +180,7 @@ def gold_config(world, tmp_path):
 
 
 @pytest.mark.parametrize("kind, settings", [("reviews", dict()), ("sums", dict(select="top", accum=2, budget=16)),
-                                            ("reviews", dict(control="plain", select="none", label_noise=0.5, loss="ce")),
-                                            ("reviews", dict(control="real", select="none", pad_energy=8))])
+                                            ("reviews", dict(ood=False, alpha=1.0, beta=0.0))])
 def test_whole_run_ends_with_a_student_that_loads_and_answers(gold_config, kind, settings):
     cfg = gold_config(kind, **settings)
     result = gold.train(cfg)
@@ -196,7 +190,7 @@ def test_whole_run_ends_with_a_student_that_loads_and_answers(gold_config, kind,
     assert [x for x in log if "round" in x][-1]["samples"] == cfg.budget and 0 <= result["after.garbage"] <= 1
     student, tokenizer = AutoModelForCausalLM.from_pretrained(f"{cfg.out}/student"), AutoTokenizer.from_pretrained(f"{cfg.out}/student")
     samples = [json.loads(x) for x in open(f"{cfg.out}/samples.jsonl")]
-    assert len(samples) == cfg.budget and all({"text", "label", "round", "control", "fed", "topic"} <= set(s) for s in samples)
+    assert len(samples) == cfg.budget and all({"text", "label", "round", "opening", "fed", "topic"} <= set(s) for s in samples)
     row = json.loads(Path(cfg.data, "test.jsonl").read_text().splitlines()[0])
     ids = tokenizer(row["text"], return_tensors="pt").input_ids
     assert len(tokenizer.decode(student.generate(ids, max_new_tokens=3, do_sample=False)[0]).split()) > len(row["text"].split())
@@ -204,8 +198,8 @@ def test_whole_run_ends_with_a_student_that_loads_and_answers(gold_config, kind,
 
 def test_a_task_file_and_a_t5_student_with_its_own_tokenizer(gold_config, tmp_path):
     """The real path: LLM from a directory, a user's task, data in a file, a student of another kind and vocabulary."""
-    entry = json.loads(tasks.FILE.read_text())["tasks"]["reviews"]
-    (tmp_path / "mine.json").write_text(json.dumps({**entry, "truth": "", "labels": {"bad": "", "good": ""}, "shots": 2,
+    entry = TASKS["reviews"]
+    (tmp_path / "mine.json").write_text(json.dumps({**entry, "labels": {"bad": "", "good": ""}, "shots": 2,
                                                     "write": {**entry["write"], "sample": "{label} {text}"}}))
     rows = [{"text": f"the film was {w} number {i}", "label": i % 2} for i, w in enumerate(["loud", "soft"] * 30)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -220,24 +214,26 @@ def test_a_chat_model_gets_the_task_in_the_users_turn_and_goes_on_from_a_forced_
     _, student = make_pair("llama", tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(student)
     tokenizer.chat_template = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}<a>"
-    writer = tasks.Writer(common.load_model(student, CPU), tokenizer, tmp_path / "w.jsonl", 500, 4, 0)
-    ids = writer.tokens("the cat sat", "on the mat")
+    llm = common.LLM(common.load_model(student, CPU), tokenizer, tmp_path / "w.jsonl", 500, 4, 0)
+    ids = llm.tokens("the cat sat", "on the mat")
     assert tokenizer.decode(ids) == "<u>the cat sat</u><a>on the mat"
     with pytest.raises(common.BadInput, match="leave room for 20"):
-        tasks.Writer(common.load_model(student, CPU), tokenizer, tmp_path / "w.jsonl", 20, 4, 0).tokens("the cat " * 9, "on")
+        common.LLM(common.load_model(student, CPU), tokenizer, tmp_path / "w.jsonl", 20, 4, 0).tokens("the cat " * 9, "on")
 
 
 def test_batched_generation_equals_one_at_a_time_at_temperature_0(world, tmp_path, monkeypatch):
     root = world("reviews")
     model, tokenizer = common.load_model(root / "teacher", CPU), AutoTokenizer.from_pretrained(root / "teacher")
-    task, rng = tasks.load_task("reviews"), random.Random(0)
-    shots = [dict(zip(("text", "label"), world2.draw_sample(rng, "reviews", t))) for t in (0, 1, 2, 3)]
-    prompts = [tasks.render(task, "write", shots[:n], {"label": y})[:2] for n in (1, 2, 4) for y in task["labels"]]
-    writer = lambda name: tasks.Writer(model, tokenizer, tmp_path / name, 500, 12, 0)
-    together = writer("a")(prompts, "x")
-    assert together == [writer(f"b{i}")([p], "x")[0] for i, p in enumerate(prompts)]
+    task, rng = common.load_task("reviews"), random.Random(0)
+    p = prepare("reviews")
+    grammar = p.Grammar(p.HERE / "grammar.json", "reviews")
+    shots = [dict(zip(("text", "label"), p.draw_sample(grammar, rng, t))) for t in (0, 1, 2, 3)]
+    prompts = [build_prompt(task, WRITE, shots[:n], {"label": y})[:2] for n in (1, 2, 4) for y in task["labels"]]
+    llm = lambda name: common.LLM(model, tokenizer, tmp_path / name, 500, 12, 0)
+    together = llm("a")(prompts, "x")
+    assert together == [llm(f"b{i}")([p], "x")[0] for i, p in enumerate(prompts)]
     monkeypatch.setattr(common, "sample", None)  # what the file holds is not asked for again
-    assert writer("a")(prompts, "x") == together
+    assert llm("a")(prompts, "x") == together
 
 
 @pytest.mark.parametrize("top_p, kept", [(1.0, {0, 1, 2, 3}), (0.9, {0, 1, 2}), (0.79, {0, 1}), (0.81, {0, 1, 2}), (0.1, {0})])
@@ -250,43 +246,80 @@ def test_top_p_keeps_the_fewest_tokens_that_hold_the_share(pair, monkeypatch, to
     assert all(x.exp().item() == pytest.approx(share[t[0]].item() / total, rel=1e-4) for t, x in zip(out, logp))
 
 
-@pytest.mark.parametrize("pad", [0, 5])
-def test_energies_skip_padding_and_the_flag_averages_over_it(gold_config, monkeypatch, pad):
-    """A batch of answers of different lengths gives what each gives alone; with --pad-energy what the code computes."""
+def test_energies_skip_padding(gold_config, monkeypatch):
+    """A batch of answers of different lengths gives what each gives alone."""
     found, select = {}, gold.select_feedback
     monkeypatch.setattr(gold, "select_feedback", lambda e, *a: found.setdefault("e", e) and select(e, *a))
     made = [{"text": "after owning 17 actor we sold 8", "label": y} for y in ("17 - 8", "17", "17 - 8 + 1 - 1", "1 + 1")]
-    monkeypatch.setattr(tasks.Writer, "samples", lambda *a, **k: made)
-    cfg = gold_config("sums", pad_energy=pad, budget=8, steps=0, seed=4, max_response=12)
+    monkeypatch.setattr(gold, "write_samples", lambda *a, **k: made)
+    cfg = gold_config("sums", budget=8, steps=0, seed=4, max_response=12)
     gold.train(cfg)
     student, tokenizer = common.load_model(cfg.student, CPU, seed=4), AutoTokenizer.from_pretrained(cfg.student)
     for e, s in zip(found["e"], made):
         x, y = tokenizer(s["text"]).input_ids, tokenizer(s["label"]).input_ids + [tokenizer.eos_token_id]
-        y += [tokenizer.pad_token_id] * (pad - len(y))
         logits = student(torch.tensor([x + y])).logits[0, len(x) - 1:-1]
         assert e == pytest.approx(-logits.logsumexp(-1).mean().item(), abs=1e-4)
 
 
-def test_feedback_is_shown_on_even_rounds_only_and_the_ood_prompt_sees_two_training_samples(gold_config, monkeypatch):
-    calls, real = [], tasks.Writer.samples
+@pytest.fixture
+def written(monkeypatch):
+    """What is written in a run: for each call of write_samples (opening, round, shots, held out, samples)."""
+    calls, real = [], gold.write_samples
 
-    def samples(self, task, shots, given, control, call, **k):
-        calls.append((call, control, shots, real(self, task, shots, given, control, call, **k)))
+    def write(llm, task, shots, given, opening, call, held_out, cfg):
+        calls.append((opening, call, shots, held_out, real(llm, task, shots, given, opening, call, held_out, cfg)))
         return calls[-1][-1]
-    monkeypatch.setattr(tasks.Writer, "samples", samples)
+    monkeypatch.setattr(gold, "write_samples", write)
+    return calls
+
+
+def test_feedback_is_shown_on_even_rounds_only_and_the_ood_prompt_sees_two_training_samples(gold_config, written):
     gold.train(gold_config(steps=0))
-    assert [(c[0], c[1]) for c in calls] == [(t, c) for t in range(6) for c in ("plain", "ood")]
-    human = calls[0][2]
+    assert [(c[1], c[0]) for c in written] == [(t, o) for t in range(6) for o in ("plain", "ood")]
+    human = written[0][2]
     assert len(human) == 3
-    for (t, _, plain, fresh), (_, _, ood, _) in zip(calls[::2], calls[1::2]):
+    for (_, t, plain, _, fresh), (_, _, ood, _, _) in zip(written[::2], written[1::2]):
         assert plain[:3] == human and ood == plain + fresh[:2]
-        earlier = calls[2 * t - 1][3] if t else []
+        earlier = written[2 * t - 1][-1] if t else []
         assert len(plain) == (3 if t % 2 or not t else 4) and all(s in earlier for s in plain[3:])  # 4 samples: band [2,3)
+
+
+def test_without_the_ood_prompt_there_is_eq_1_alone(gold_config, written, monkeypatch):
+    """No V_t, no scorer, no feedback: every prompt shows the real samples and nothing else."""
+    monkeypatch.setattr(gold, "train_scorer", lambda *a: pytest.fail("a scorer was trained"))
+    cfg = gold_config(ood=False, steps=0)
+    gold.train(cfg)
+    assert [(c[1], c[0]) for c in written] == [(t, "plain") for t in range(12)] and all(c[2] == written[0][2] for c in written)
+    assert not any("energy" in json.loads(x) for x in open(f"{cfg.out}/samples.jsonl"))
+
+
+def test_texts_of_the_valid_and_test_rows_are_asked_for_again_and_never_trained_on(gold_config, monkeypatch):
+    """An LLM that has test rows by heart, and repeats one in every other text, adds none of them to the samples."""
+    cfg, asked, read = gold_config(steps=2), [], []
+    rows = [json.loads(x) for s in ("valid", "test") for x in open(f"{cfg.data}/{s}.jsonl")]
+    real, collate = common.LLM.__call__, common.collate
+
+    def call(self, prompts, *a, **k):
+        texts = real(self, prompts, *a, **k)
+        if k:  # it writes, it does not solve
+            texts = [rows[(len(asked) + i) % len(rows)]["text"] if (len(asked) + i) % 2 else t for i, t in enumerate(texts)]
+            asked.extend(texts)
+        return texts
+    monkeypatch.setattr(common.LLM, "__call__", call)
+    monkeypatch.setattr(common, "collate", lambda part, *a, **k: (read.extend(part if torch.is_grad_enabled() else []), collate(part, *a, **k))[1])
+    gold.train(cfg)
+    held_out = {r["text"] for r in rows}
+    samples = [json.loads(x) for x in open(f"{cfg.out}/samples.jsonl")]
+    assert len(samples) == cfg.budget and not held_out & {s["text"] for s in samples}
+    assert len(held_out & set(asked)) > 5 and len(asked) > 1.8 * cfg.budget
+    assert read and not held_out & {e.row["sample"]["text"] for e in read}
+    last = [json.loads(x) for x in open(f"{cfg.out}/log.jsonl") if "asked" in x][-1]
+    assert last["asked"] == pytest.approx(len(asked) / cfg.budget)
 
 
 def test_resume_ends_bitwise_like_an_uninterrupted_run(gold_config, resumes_bitwise):
     a, b = resumes_bitwise(gold.train, gold_config(steps=6))
-    assert a["pool"] == b["pool"]
+    assert a["samples"] == b["samples"] and a["samples"]["all"]
 
 
 @pytest.mark.parametrize("save_every, saved", [(3, True), (1000, False)])
@@ -319,7 +352,7 @@ def test_a_run_killed_while_samples_are_written_asks_for_no_text_twice(gold_conf
 # ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("settings, match", [
     (dict(teacher="none"), "name a --teacher"), (dict(task="rta"), "no such entry; there are reviews, sums, rte"),
-    (dict(control="plain"), "add --select none"), (dict(data=""), "names no data set"), (dict(select="bottom"), "choose one of band, top, random, none"),
+    (dict(data=""), "names no data set"), (dict(select="bottom"), "choose one of band, top, random, none"),
     (dict(top_p=0.0), "--top-p 0.0"), (dict(budget=0), "--budget 0"), (dict(llm_prompt=10), "leave room for 10")])
 def test_bad_settings_are_told_in_a_sentence(gold_config, settings, match):
     with pytest.raises(common.BadInput, match=match):
@@ -333,33 +366,30 @@ def test_bad_settings_are_told_in_a_sentence(gold_config, settings, match):
     (dict(labels={"bad word": "", "worse": ""}), "writes the label 'bad word' as"), (dict(fields={"text": "body"}), "1: no field 'body'"),
     (dict(labels={"negative": ""}), "unknown label 'positive'")])
 def test_bad_tasks_are_told_in_a_sentence(gold_config, tmp_path, change, match):
-    entry = {**json.loads(tasks.FILE.read_text())["tasks"]["reviews"], **change}
+    entry = {**TASKS["reviews"], **change}
     (tmp_path / "t.json").write_text(json.dumps({k: v for k, v in entry.items() if v is not None}))
     with pytest.raises(common.BadInput, match=match):
         gold.train(gold_config(task=str(tmp_path / "t.json")))
 
 
-def test_what_the_llm_answers_is_read_leniently(tmp_path):
-    writer = tasks.Writer.__new__(tasks.Writer)
-    task, row = tasks.load_task("rte"), {"sample": {"Sentence1": "A.", "Sentence2": "B."}}
+def test_what_the_llm_answers_is_read_leniently():
+    task, row = common.load_task("rte"), {"sample": {"Sentence1": "A.", "Sentence2": "B."}}
     for text, label in ((" Entailment.", "entailment"), ("Not entailment, since", "not_entailment"), (" maybe\n\nSample 2:", "maybe"), ("", "")):
-        with pytest.MonkeyPatch.context() as m:
-            m.setattr(tasks.Writer, "__call__", lambda *a, text=text: [text])
-            assert writer.answers(task, RTE, [row]) == [label]
+        assert gold.llm_answers(lambda *a, text=text: [text], task, RTE, [row]) == [label]
 
 
 def test_an_llm_that_writes_nothing_usable_stops_the_run_with_three_of_its_texts(gold_config, monkeypatch):
     calls = []
-    real = tasks.Writer.__call__
-    monkeypatch.setattr(tasks.Writer, "__call__", lambda self, prompts, call, **k: calls.append(call) or ["plain"] * len(prompts) if k else real(self, prompts, call))
+    real = common.LLM.__call__
+    monkeypatch.setattr(common.LLM, "__call__", lambda self, prompts, call, **k: calls.append(call) or ["plain"] * len(prompts) if k else real(self, prompts, call))
     with pytest.raises(common.BadInput, match=r"not one text of the LLM could be used in 20 calls; it wrote \['plain', 'plain', 'plain'\]"):
         gold.train(gold_config())
     assert len(calls) == 20
 
 
 def test_unusable_texts_are_asked_for_again_and_counted(gold_config, monkeypatch):
-    real = tasks.parse
-    monkeypatch.setattr(tasks, "parse", lambda text, *a: None if len(text) % 2 else real(text, *a))
+    real = common.parse_sample
+    monkeypatch.setattr(common, "parse_sample", lambda text, *a: None if len(text) % 2 else real(text, *a))
     cfg = gold_config(steps=0)
     gold.train(cfg)
     last = [json.loads(x) for x in open(f"{cfg.out}/log.jsonl") if "asked" in x][-1]

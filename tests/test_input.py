@@ -1,4 +1,5 @@
 """Bad input: one sentence with what, where and what to do, exit status 2, and nothing overwritten."""
+import dataclasses
 import json
 import os
 import pickle
@@ -45,9 +46,13 @@ def test_every_setting_has_a_help_text(capsys):
         common.parse_args(kd_forward.Config, ["--help"])
     text = capsys.readouterr().out
     assert done.value.code == 0 and "optimizer steps; 0 only evaluates" in text
-    source = (ROOT / "kd_forward.py").read_text().split("class Config:")[1].split("\n\n\n")[0]
-    fields = [line for line in source.splitlines() if re.match(r"    \w+: ", line)]
-    assert len(fields) > 25 and all("# " in line for line in fields)
+    fields, n = dataclasses.fields(kd_forward.Config), 0
+    for file in ("common.py", "kd_forward.py"):
+        source = re.split(r"class (?:Settings|Config\(common.Settings\)):", (ROOT / file).read_text())[1].split("\n\n\n")[0]
+        lines = [line for line in source.splitlines() if re.match(r"    \w+: ", line)]
+        assert lines and all("# " in line for line in lines)
+        n += len(lines)
+    assert n == len(fields)  # none is declared twice
 
 
 @pytest.mark.parametrize("settings, match", [
@@ -82,8 +87,8 @@ GOOD = b'{"prompt": "the cat", "response": "cat the"}\n'
 
 
 @pytest.mark.parametrize("content, match", [
-    (b"", "the file has no rows"),
-    (b"\n \n", "the file has no rows"),
+    (b"", "there are no rows in it"),
+    (b"\n \n", "there are no rows in it"),
     (GOOD + b"[1, 2]\n", r":2: a list, not an object"),
     (GOOD + b"{bad json}\n", r":2: Expecting property name"),
     (GOOD + b'{"prompt": "x"}\n', r":2: no field 'response'"),

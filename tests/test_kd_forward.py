@@ -66,7 +66,7 @@ def gradients(cfg, alpha=0.5, tau=2.0):
     fwd, teacher_fwd, micro = common.response_states(student), common.response_states(teacher), batches.at(0)
     for b in micro:
         sums = common.rowwise_loss(lambda q, p, y: kd_forward.kd_loss(q, p, y, alpha, tau), student, fwd(b), b.targets,
-                                   teacher, teacher_fwd(b.teacher))
+                                   teacher, teacher_fwd(b.teacher_batch))
         (sums[0] / sum(len(b.targets) for b in micro)).backward()
     return student, teacher, {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
 
@@ -207,8 +207,8 @@ def test_a_teacher_with_its_own_template_scores_the_same_response_tokens(config)
     cfg = config("gpt2", teacher_template="Sort these words: {prompt} =\\n")
     student, teacher, tokenizer, data, batches = setup(cfg)
     batch = batches.at(0)[0]
-    assert batch.teacher is not batch and torch.equal(batch.targets, batch.teacher.targets)
-    assert "Sort these words" in tokenizer.decode(batch.teacher.tokens[0]) and "Sort" not in tokenizer.decode(batch.tokens[0])
+    assert batch.teacher_batch is not batch and torch.equal(batch.targets, batch.teacher_batch.targets)
+    assert "Sort these words" in tokenizer.decode(batch.teacher_batch.tokens[0]) and "Sort" not in tokenizer.decode(batch.tokens[0])
     kd_forward.train(cfg)
 
 
@@ -237,3 +237,19 @@ def test_parameters_that_are_not_finite_are_never_saved(config, monkeypatch):
         kd_forward.train(cfg)
     saved = torch.load(f"{cfg.out}/checkpoint.pt", weights_only=True)
     assert saved["step"] == 2 and all(v.isfinite().all() for v in saved["parts"]["student"].values())
+
+
+def test_weights_that_are_not_finite_after_the_last_step_fail_the_run(config, monkeypatch):
+    """Nothing comes after it that would look at them: neither a line of the log, with its loss, nor a checkpoint."""
+    cfg, step, calls = config("gpt2", steps=3, save_every=100), torch.optim.AdamW.step, []
+
+    def broken(self, *args, **kwargs):
+        out = step(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 3:
+            self.param_groups[0]["params"][0].data.fill_(math.nan)
+        return out
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    with pytest.raises(common.RunFailed, match="a weight is no longer a finite number at step 3: .*no checkpoint was due"):
+        kd_forward.train(cfg)
+    assert not common.Path(cfg.out, "student").exists() and not common.Path(cfg.out, "result.json").exists()
