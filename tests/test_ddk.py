@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 
 import common
 import ddk
-from assets import domains, world3
 
 CPU = torch.device("cpu")
 double = lambda x: torch.as_tensor(x, dtype=torch.float64)
@@ -108,6 +107,16 @@ def test_shares_are_finite_where_the_exponential_of_a_gap_is_not():
     assert close(starved.exp(), [0, 1, 0])  # and come back
 
 
+def test_a_gap_beyond_the_largest_number_gives_finite_shares():
+    """A student of a cross entropy of 710 nats and more: exp of it is infinite, and inf - inf would be no share."""
+    rho = ddk.domain_gap(vector(711, 5000, 3), vector(1, 1, 1))
+    assert rho.isfinite().all() and vector(710).exp().isinf()
+    r = ddk.prior(rho)
+    for _ in range(3):
+        r = ddk.mixture(r, rho, .5)
+    assert r.isfinite().all() and r.exp().sum() == pytest.approx(1) and r.argmin() == 2
+
+
 def test_no_weight_on_the_gaps_is_the_uniform_mixture():
     assert close(ddk.mixture(vector(.9, .1).log(), vector(1, 50), 0.0).exp(), [.5, .5], 1e-12)
 
@@ -146,38 +155,38 @@ def test_a_student_equal_to_the_teacher_has_no_kl_and_leaves_the_mixture_uniform
 
 # ---- draws --------------------------------------------------------------------------------------------------------
 def test_a_cursor_covers_every_sequence_before_one_repeats():
-    mix, seen = ddk.Mixture([5, 7], vector(.5, .5), 3), {0: [], 1: []}
+    sampler, seen = ddk.DomainSampler([5, 7], 3), {0: [], 1: []}
     for step in range(40):  # the shares change, the cursors go on
-        for i, j in mix.draw(step, 3, vector(.9, .1) if step % 2 else vector(.2, .8)):
+        for i, j in sampler.draw(step, 3, vector(.9, .1) if step % 2 else vector(.2, .8)):
             seen[i].append(j)
     for i, size in ((0, 5), (1, 7)):
         passes = [seen[i][a:a + size] for a in range(0, len(seen[i]) - size + 1, size)]
         assert len(passes) > 3 and all(sorted(p) == list(range(size)) for p in passes)
         assert len(set(map(tuple, passes))) > 1  # reshuffled
-        assert mix.drawn[i] == len(seen[i])
+        assert sampler.drawn[i] == len(seen[i])
 
 
 def test_draws_follow_the_shares():
-    mix, shares, n = ddk.Mixture([50, 50, 50], vector(1, 1, 1) / 3, 0), vector(.6, .3, .1), 6000
+    sampler, shares, n = ddk.DomainSampler([50, 50, 50], 0), vector(.6, .3, .1), 6000
     count = [0, 0, 0]
     for step in range(n // 20):
-        for i, _ in mix.draw(step, 20, shares):
+        for i, _ in sampler.draw(step, 20, shares):
             count[i] += 1
     for got, p in zip(count, shares.tolist()):
         assert abs(got - n * p) < 4 * math.sqrt(n * p * (1 - p))  # four standard deviations
-    assert close(mix.total / (n // 20), shares, 1e-9)
+    assert close(sampler.total / (n // 20), shares, 1e-9)
 
 
-def test_a_restored_mixture_draws_what_the_first_would_have_drawn():
-    one, shares = ddk.Mixture([5, 7], vector(.5, .5), 3), vector(.3, .7)
+def test_a_restored_sampler_draws_what_the_first_would_have_drawn():
+    one, shares = ddk.DomainSampler([5, 7], 3), vector(.3, .7)
     one.log_shares = shares.log()
     [one.draw(step, 4, shares) for step in range(9)]
-    other = ddk.Mixture([5, 7], vector(.5, .5), 3)
+    other = ddk.DomainSampler([5, 7], 3)
     other.load_state_dict({k: v.clone() if torch.is_tensor(v) else v for k, v in one.state_dict().items()})
     assert torch.equal(other.log_shares, one.log_shares)
     assert [other.draw(s, 4, shares) for s in range(9, 20)] == [one.draw(s, 4, shares) for s in range(9, 20)]
     with pytest.raises(common.BadInput, match="corpus has changed"):
-        ddk.Mixture([5, 8], vector(.5, .5), 3).load_state_dict(one.state_dict())
+        ddk.DomainSampler([5, 8], 3).load_state_dict(one.state_dict())
 
 
 # ---- from documents to sequences ----------------------------------------------------------------------------------
@@ -208,65 +217,110 @@ def cfg(pair, corpus, tmp_path):
 
 
 def test_packed_tokens_are_the_documents_of_their_split_with_eos_between(tmp_path, monkeypatch, cfg):
-    monkeypatch.setattr(domains, "BUFFER", 500)  # many small writes
+    monkeypatch.setattr(common, "PIECE", 500)  # many small writes
     texts, tokenizer = write_docs(tmp_path / "a.jsonl", 200, 0), small_tokenizer()
     (tmp_path / "b.txt").write_text("\n\n \n".join(texts[:150]) + "\n\nline one\nline two\n")
-    data = domains.load({"a": str(tmp_path / "a.jsonl"), "b": str(tmp_path / "b.txt")}, tokenizer, cfg(), tmp_path)
-    for name, docs in (("a", texts), ("b", [t + "\n" for t in texts[:150]] + ["line one\nline two\n"])):
-        for split in domains.SPLITS:
-            mine = [d for d in docs if domains.split_of(d, 0.1) == split]
+    for file, docs in (("a.jsonl", texts), ("b.txt", [t + "\n" for t in texts[:150]] + ["line one\nline two\n"])):
+        parts, _ = common.pack("d", str(tmp_path / file), tokenizer, cfg())
+        for split, got in parts.items():
+            mine = [d for d in docs if common.split_of(d, 0.1) == split]
             wanted = [t for d in mine for t in tokenizer(d).input_ids + [tokenizer.eos_token_id]]
-            got = getattr(data, split)[name]
             assert isinstance(got, np.memmap) and got.shape[1] == 16 and got.shape[0] == len(wanted) // 16
             assert got.flatten().tolist() == wanted[:got.size]
 
 
 def test_no_document_is_in_two_splits_and_splits_have_their_share(tmp_path, cfg):
     texts = write_docs(tmp_path / "a.jsonl", 3000, 0)
-    parts = {s: {t for t in texts if domains.split_of(t, 0.1) == s} for s in domains.SPLITS}
+    parts = {s: {t for t in texts if common.split_of(t, 0.1) == s} for s in common.SPLITS}
     assert not parts["train"] & parts["valid"] and not parts["train"] & parts["test"] and not parts["valid"] & parts["test"]
     for split in ("valid", "test"):
         assert 250 < len(parts[split]) < 350
-    assert domains.split_of(texts[0] * 2, 0.1) == domains.split_of(texts[0] * 2, 0.1)
+    assert common.split_of(texts[0] * 2, 0.1) == common.split_of(texts[0] * 2, 0.1)
 
 
 def test_the_steering_split_and_the_reported_split_share_no_sequence(cfg):
     c = cfg(gap_rows=10**6, eval_rows=10**6)
     student, teacher, tokenizer = common.load_pair(c, CPU)
-    data = common.load_domains(c, student, teacher, tokenizer, "world3")
+    data = common.load_domains(c, student, teacher, tokenizer)
     for name in data.names:
         of = {s: {tuple(e.prompt + e.response) for e in getattr(data, s)[name]} for s in ("valid", "test")}
         train = {tuple(x.tolist()) for x in data.train[name]}
         assert of["valid"] and of["test"] and not of["valid"] & of["test"] and not train & (of["valid"] | of["test"])
 
 
+def test_sequences_that_are_looked_at_are_spread_over_their_split(tmp_path, cfg):
+    """Gaps and tests see every k-th sequence: the first ones of a split may all be of a few long documents."""
+    sources, tokenizer, c = [], small_tokenizer(), cfg(gap_rows=4, eval_rows=7)
+    for i, name in enumerate("ab"):
+        write_docs(tmp_path / f"{name}.jsonl", 300, i)
+        sources.append(f"{name}={tmp_path}/{name}.jsonl")
+    c.domains = ",".join(sources)
+    data = common.load_domains(c, None, None, tokenizer)
+    for split, most in (("valid", 4), ("test", 7)):
+        every = [tuple(x.tolist()) for x in common.pack("a", f"{tmp_path}/a.jsonl", tokenizer, c)[0][split]]
+        at = [every.index(tuple(e.prompt + e.response)) for e in getattr(data, split)["a"]]
+        steps = [b - a for a, b in zip(at, at[1:])]
+        assert len(at) == most and at[0] == 0 and at[-1] == len(every) - 1 > 2 * most
+        assert max(steps) - min(steps) <= 1  # as evenly as can be
+
+
+def test_a_document_that_comes_again_is_packed_once(tmp_path, cfg):
+    once, again, tokenizer = tmp_path / "once.jsonl", tmp_path / "again.jsonl", small_tokenizer()
+    texts = write_docs(once, 200, 0)
+    again.write_text("".join(json.dumps({"text": t}) + "\n" for t in [*texts, *texts[::-1], *texts[:50]]))
+    one, two = (common.pack("d", str(file), tokenizer, cfg()) for file in (once, again))
+    assert one[1] == two[1] and all(np.array_equal(one[0][s], two[0][s]) for s in common.SPLITS)
+
+
+def test_a_text_without_a_blank_line_is_split_by_position(tmp_path, cfg, capsys):
+    """One long log is one document: its end is held out, and no token of it is in two splits."""
+    tokenizer, n = small_tokenizer(), 16
+    (tmp_path / "server.log").write_text("".join(f"{i} the cat {i * i % 97} ran\n" for i in range(400)))
+    whole = tokenizer((tmp_path / "server.log").read_text()).input_ids + [tokenizer.eos_token_id]
+    parts, _ = common.pack("log", str(tmp_path / "server.log"), tokenizer, cfg())
+    assert "domain log: too few documents to hold some out" in capsys.readouterr().out
+    held = int(0.1 * len(whole))
+    cut = {"train": whole[:-2 * held], "valid": whole[-2 * held:-held], "test": whole[-held:]}
+    for split, wanted in cut.items():
+        got = parts[split].flatten().tolist()
+        assert len(wanted) - n < len(got) <= len(wanted) and got == wanted[:len(got)]
+
+
 def test_what_was_packed_is_found_again_and_a_changed_file_is_not(tmp_path, cfg, capsys):
     write_docs(tmp_path / "a.jsonl", 100, 0), write_docs(tmp_path / "b.jsonl", 100, 1)
-    load = lambda: domains.load({n: str(tmp_path / f"{n}.jsonl") for n in "ab"}, small_tokenizer(), cfg(), tmp_path)
+    c = cfg(domains=",".join(f"{n}={tmp_path}/{n}.jsonl" for n in "ab"))
+    load = lambda: common.load_domains(c, None, None, small_tokenizer())
     first = load().sha1
     assert "packing domain a" in capsys.readouterr().out
-    assert load().sha1 == first and capsys.readouterr().out == ""
+    assert load().sha1 == first and "packing" not in capsys.readouterr().out
     write_docs(tmp_path / "a.jsonl", 120, 2)
     assert load().sha1 != first and "packing domain a" in capsys.readouterr().out
 
 
-def test_sources_of_every_kind(tmp_path):
+def test_sources_of_every_kind(tmp_path, cfg):
     import datasets
     (tmp_path / "src/deep").mkdir(parents=True)
     (tmp_path / "src/a.py").write_text("x = 1\n\ny = 2\n")
     (tmp_path / "src/deep/b.py").write_text("z = 3\n")
-    read = lambda source: list(domains.documents("d", str(source)))
+    read = lambda source, **settings: list(common.documents(str(source), cfg(**settings)))
     assert read(tmp_path / "src") == read(f"{tmp_path}/src/**/*.py") == ["x = 1\n\ny = 2\n", "z = 3\n"]  # files are whole
     assert read(tmp_path / "src/a.py") == ["x = 1\n", "y = 2\n"]  # but one file is parted by its blank lines
-    (tmp_path / "c.jsonl").write_text('{"content": "def f(): ..."}\n\n{"text": "\\u2028 a"}\n')
+    (tmp_path / "c.jsonl").write_text('{"text": "def f(): ..."}\n\n{"text": "\\u2028 a"}\n')
     assert read(tmp_path / "c.jsonl") == ["def f(): ...", "\u2028 a"]
     datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}]).save_to_disk(tmp_path / "saved")
     assert read(tmp_path / "saved") == ["one", "two"]
 
 
+def test_the_text_of_a_row_may_have_another_name(tmp_path, cfg):
+    (tmp_path / "c.jsonl").write_text('{"content": "one", "text": "no"}\n{"content": "two"}\n')
+    read = lambda name: list(common.documents(str(tmp_path / "c.jsonl"), cfg(text_field=name)))
+    assert read("content") == ["one", "two"]
+    refused(r"c\.jsonl:2: no field 'text' \(there: content\): name it with --text-field", read, "text")
+
+
 def test_a_limit_on_tokens_is_kept(cfg):
     student, teacher, tokenizer = common.load_pair(c := cfg(domain_tokens=200), CPU)
-    data = common.load_domains(c, student, teacher, tokenizer, "world3")
+    data = common.load_domains(c, student, teacher, tokenizer)
     assert [len(data.train[n]) for n in data.names] == [12, 12, 12]
 
 
@@ -277,7 +331,7 @@ def records(c, key):
 
 def test_cross_entropy_of_a_domain_is_that_of_the_model_itself(cfg):
     student, teacher, tokenizer = common.load_pair(c := cfg(), CPU)
-    data = common.load_domains(c, student, teacher, tokenizer, "world3")
+    data = common.load_domains(c, student, teacher, tokenizer)
     got = ddk.domain_ce(student, data.valid, c)
     for name, ce in zip(data.names, got.tolist()):
         nll = []
@@ -311,10 +365,10 @@ def test_a_run_reports_gaps_and_follows_them(cfg):
 
 def drawn(monkeypatch, c):
     """What a run draws, step by step."""
-    out, draw = [], ddk.Mixture.draw
-    monkeypatch.setattr(ddk.Mixture, "draw", lambda self, *args: out.append(draw(self, *args)) or out[-1])
+    out, draw = [], ddk.DomainSampler.draw
+    monkeypatch.setattr(ddk.DomainSampler, "draw", lambda self, *args: out.append(draw(self, *args)) or out[-1])
     ddk.train(c)
-    monkeypatch.setattr(ddk.Mixture, "draw", draw)
+    monkeypatch.setattr(ddk.DomainSampler, "draw", draw)
     return out
 
 
@@ -332,15 +386,12 @@ def test_without_smoothing_the_shares_are_the_softmax_of_the_gaps(cfg):
             assert close(wanted, [x["valid"][f"share_{n}"] for n in ("big", "mid", "small")], 1e-9)
 
 
-def test_static_shares_come_from_the_settings_or_from_a_run(cfg, tmp_path):
-    names = ["big", "mid", "small"]
-    ddk.train(c := cfg())
-    result = json.load(open(f"{c.out}/result.json"))
-    got = ddk.fixed_shares(f"{c.out}/result.json", names)
-    assert close(got, [result[f"after.share_{n}"] for n in names], 1e-5)
-    again = ddk.train(cfg(mix="static", shares=f"{c.out}/result.json", out=str(tmp_path / "static")))
-    assert close([again[f"after.share_{n}"] for n in names], got, 1e-5)
-    assert close(ddk.fixed_shares("small=.2,big=.5,mid=.3", names), [.5, .3, .2])
+def test_a_fixed_mixture_is_what_it_says(cfg, tmp_path):
+    names, sizes = ["big", "mid", "small"], [40, 15, 5]
+    for mix, wanted in (("small=.2,big=.5,mid=.3", [.5, .3, .2]), ("natural", [40 / 60, 15 / 60, 5 / 60]), ("uniform", [1 / 3] * 3)):
+        assert close(ddk.fixed_shares(mix, names, sizes), wanted, 1e-12)
+    result = ddk.train(cfg(mix="small=.2,big=.5,mid=.3", out=str(tmp_path / "fixed")))
+    assert close([result[f"after.share_{n}"] for n in names], [.5, .3, .2], 1e-6)
 
 
 @pytest.mark.parametrize("mix", ["ddk", "no-smoothing", "uniform"])
@@ -453,21 +504,19 @@ def refused(match, function, *args):
 
 
 @pytest.mark.parametrize("settings, match", [
-    (dict(mix="dkk"), "--mix dkk: choose one of ddk"),
+    (dict(mix="dkk"), "--mix dkk: ddk, no-smoothing, uniform, natural, or name=share"),
     (dict(alpha=1.2), "--alpha 1.2"), (dict(interval=0), "--interval 0"), (dict(gamma=-1.0), "--gamma -1.0"),
     (dict(tau=0.0), "--tau 0.0"), (dict(max_tokens=1), "--max-tokens 1"),
     (dict(max_tokens=128), "--max-tokens 128 does not fit the student's context of 64"),
     (dict(teacher="none"), "--gamma 0.2 with --mix ddk needs a teacher"),
     (dict(teacher="none", gamma=0.0), "--mix ddk needs a teacher"),
-    (dict(mix="static"), "it alone, wants --shares"), (dict(shares="a=1"), "it alone, wants --shares"),
-    (dict(mix="static", shares="big=.5,mid=.5"), "0 or more, together 1, are wanted for big, mid, small"),
-    (dict(mix="static", shares="big=.5,mid=.4,small=.4"), "together 1"),
-    (dict(mix="static", shares="big=.5,mid=nan,small=.5"), "together 1"),
-    (dict(mix="static", shares="big=half"), "--shares big=half"),
-    (dict(mix="static", shares="no/result.json"), "No such file"),
-    (dict(data="nowhere"), "neither a tiny world .* nor a directory"),
+    (dict(mix="big=.5,mid=.5"), "0 or more, together 1, are wanted for big, mid, small"),
+    (dict(mix="big=.5,mid=.4,small=.4"), "together 1"), (dict(mix="big=.5,mid=nan,small=.5"), "together 1"),
+    (dict(mix="big=1.5,mid=-.5,small=0"), "0 or more"), (dict(mix="big=.5,mid=.5,small=0,huge=0"), "are wanted for big, mid, small"),
+    (dict(mix="big=half,mid=.5,small=.5"), "together 1"), (dict(mix="big=.5,big=.5"), "the name big is given twice"),
+    (dict(data="nowhere"), "neither a tiny world .* nor a folder"),
     (dict(domains="a=x,a=y"), "the name a is given twice"), (dict(domains="a"), "name=value is wanted"),
-    (dict(domains="a b=x,c=y"), "name=value is wanted"), (dict(domains="a=no.txt,b=no.txt"), "no.txt: no such file"),
+    (dict(domains="a b=x,c=y"), "name=value is wanted"), (dict(domains="a=no.txt,b=no.txt"), "domain a: no.txt: there is no such file"),
     (dict(domains="a=no/such/data,b=no.txt"), "neither a file, a folder, a pattern nor a saved or hub data set"),
 ])
 def test_bad_settings_are_refused_and_nothing_is_written(cfg, settings, match, tmp_path):
@@ -486,7 +535,7 @@ def test_bad_domains_are_refused_by_name(cfg, corpus, tmp_path):
     (corpus / "tiny.jsonl").write_text('{"text": "a"}\n{"text": \n')
     refused("tiny.jsonl:2: .* one JSON object a line", train)
     (corpus / "tiny.jsonl").write_text('{"txt": "a"}\n')
-    refused('tiny.jsonl:1: no string of valid text under "text" or "content"', train)
+    refused("tiny.jsonl:1: no field 'text' .there: txt.: name it with --text-field", train)
     (corpus / "tiny.jsonl").unlink()
     (corpus / "image.png").write_bytes(b"PNG\0\1\2")
     refused("image.png:1: a binary file", train)
@@ -504,41 +553,13 @@ def test_running_text_wants_a_decoder_only_model(cfg, pair):
     refused("the student is an encoder-decoder", ddk.train, cfg(student=str(pair("t5")[1]), teacher=str(pair("t5")[0])))
 
 
+def test_a_student_that_diverges_ends_in_a_sentence(cfg):
+    """Nobody looks at the loss between two lines of the log, so it is the next look at the gaps that finds out."""
+    with pytest.raises(common.RunFailed, match="no longer a finite number at step .*lower --lr"):
+        ddk.train(cfg(lr=1000.0, log_every=100, interval=3, steps=30, warmup=0))
+
+
 def test_gaps_below_one_are_legal_and_said_once(cfg, pair, capsys):
     teacher, student = pair("llama")
     ddk.train(cfg(teacher=str(student), student=str(teacher), lr=3e-2, steps=20))
     assert capsys.readouterr().out.count("a gap below 1") == 1
-
-
-# ---- world 3 ------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def world():
-    return world3.corpus()
-
-
-def test_the_world_has_its_domains_in_their_sizes(world):
-    assert list(world) == list(world3.SIZES)
-    for name, texts in world.items():
-        assert 0 <= sum(map(len, texts)) - 1000 * world3.SIZES[name] < 60_000, name
-    for part in (world3.TEACHER, world3.STUDENT):
-        shares = domains.parse(part["shares"], "")
-        assert sorted(shares) == sorted(world3.SIZES) and sum(map(float, shares.values())) == pytest.approx(1)
-
-
-def test_code_has_no_docstrings_and_data_parse(world):
-    import ast
-    import csv
-    for text in world["code"][:200]:
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                assert ast.get_docstring(node) is None
-    assert all(len(json.loads(t)["rows"]) == json.loads(t)["count"] for t in world["json"][:50])
-    assert all(len(row) == 6 for t in world["csv"][:50] for row in csv.reader(t.splitlines()))
-    assert set("".join(world["noise"][:50])) == set("0123456789abcdef")
-
-
-def test_every_byte_is_a_token(world):
-    tokenizer = world3.make_tokenizer()
-    for text in ["naïve café \u6f22\n\t<eos>", *(t[0][:300] for t in world.values())]:
-        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text and tokenizer.eos_token_id not in ids
