@@ -15,6 +15,7 @@ import argparse
 import ast
 import atexit
 import contextlib
+import copy
 import csv
 import dataclasses
 import difflib
@@ -50,9 +51,19 @@ import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm  # comes with transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+)
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -1264,6 +1275,40 @@ class Batches:
 # ---------------------------------------------------------------------------------------------------------------
 # From tokens to hidden states to a loss: logits exist for response tokens only, one chunk at a time
 # ---------------------------------------------------------------------------------------------------------------
+def grouped_attention(module, query, key, value, attention_mask, **kwargs):
+    """Attention of one new token each: query (B,heads,1,D), key and value (B,kv_heads,room,D). Where several heads
+    share a key, they become the positions of one query; transformers would copy keys and values for each of them."""
+    groups = getattr(module, "num_key_value_groups", 1)
+    if query.shape[2] > 1 or groups == 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    B, heads, _, D = query.shape
+    out = F.scaled_dot_product_attention(query.reshape(B, heads // groups, groups, D), key, value,
+                                         attn_mask=attention_mask, scale=kwargs.get("scaling"))
+    return out.reshape(B, heads, 1, D).transpose(1, 2).contiguous(), None
+
+
+# "causal" has no function that makes masks, so none is made, also under torch.compile: the fast kernels need that
+AttentionInterface.register("causal", sdpa_attention_forward)
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
+
+
+@contextlib.contextmanager
+def attention(model, name):
+    """Let a decoder-only model use another attention function, if it would use torch's without a sliding window."""
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    plain = kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
+    if config._attn_implementation != "sdpa" or config.is_encoder_decoder or not plain:
+        yield
+        return
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
+
+
 def response_states(model, compiled=False):
     """A function batch -> (R,H): the hidden states from which the output head predicts the response tokens.
 
@@ -1285,7 +1330,8 @@ def response_states(model, compiled=False):
     device = model.device.type
 
     def states(batch):
-        hidden = body(batch.tokens, batch.mask, batch.decoder_tokens).flatten(0, 1)[batch.positions]
+        with attention(model, "causal"):
+            hidden = body(batch.tokens, batch.mask, batch.decoder_tokens).flatten(0, 1)[batch.positions]
         return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
 
     return states
@@ -1297,6 +1343,9 @@ def state_scale(model):
 
 def try_compile(function, **options):
     """torch.compile, or after one line the plain function, where the machine cannot compile (no C++ compiler, say)."""
+    # the limit counts the recompilations of all models that share a line of code, and past it they run uncompiled
+    torch._dynamo.config.recompile_limit = 64
+    torch._functorch.config.force_non_lazy_backward_lowering = True  # compile backward passes inside the try below
     state = {"call": torch.compile(function, **options)}
 
     def call(*args):
@@ -1463,14 +1512,15 @@ class CachedStates:
 # ---------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def sample(model, prompts, max_new, temperature=1.0, top_k=0, seed=0, eos=None, batch_size=256, compiled=False,
-           static=None, top_p=1.0):
+           static=None, top_p=1.0, dtype=None):
     """Prompts (lists of token ids) -> (responses as lists of token ids, their token log-probs as (n,) tensors).
 
     By default from the very distribution that is scored: T = 1, no truncation, no dropout; temperature 0 is greedy.
     A response ends with its first EOS, or without one after max_new tokens. Log-probs are those of the sampling
     distribution. Draws are argmax(logits + Gumbel noise), which is exact and needs no host sync. On a GPU (`static`)
     one compiled step under CUDA graphs on a fixed-size cache, with a look for "all done" every 16 tokens; elsewhere
-    a growing cache, which finished rows leave at once.
+    a growing cache, which finished rows leave at once. `dtype`: what the model is trained in under autocast, so that
+    what is sampled is what is scored.
     """
     was_training = model.training
     static = model.device.type == "cuda" if static is None else static
@@ -1479,10 +1529,14 @@ def sample(model, prompts, max_new, temperature=1.0, top_k=0, seed=0, eos=None, 
     generator = torch.Generator(model.device).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     out = [None] * len(prompts)
+    batch_size = min(batch_size, cache_rows(model, len(prompts[order[-1]]) + max_new))
+    low = dtype not in (None, torch.float32, model.dtype)
+    sampler = low_copy(model, dtype) if low else model
     for i in range(0, len(order), batch_size):
         ids = order[i:i + batch_size]
-        tokens, logprobs = _sample_batch(model, [prompts[j] for j in ids], max_new, temperature, top_k, top_p,
-                                         generator, eos, compiled, static)
+        with torch.autocast(model.device.type, dtype, enabled=low), attention(sampler, "grouped"):
+            tokens, logprobs = _sample_batch(sampler, [prompts[j] for j in ids], max_new, temperature, top_k, top_p,
+                                             generator, eos, compiled, static)
         for j, t, lp in zip(ids, tokens.tolist(), logprobs):
             n = t.index(eos) + 1 if eos in t else max_new  # the first EOS counts, nothing after it
             out[j] = t[:n], lp[:n].clone()
@@ -1511,10 +1565,11 @@ def _sample_batch(model, prompts, max_new, temperature, top_k, top_p, generator,
     mask = (at < n[:, None] if is_encdec else at >= P - n[:, None]).long()  # (B,P)
     room = 64 * math.ceil(((0 if is_encdec else P) + max_new) / 64)
     config = model.config.get_text_config(decoder=True)
-    cache = static_cache(model, config, B, room) if static else preallocated_cache(config)
+    cache = static_cache(model, config, "self", B, room) if static else preallocated_cache(config)
     if is_encdec:  # the encoder runs once
         memory = model.get_encoder()(input_ids=prompt, attention_mask=mask)[0]
-        cache = EncoderDecoderCache(cache, DynamicCache(config=config))
+        of_prompt = static_cache(model, config, "cross", B, P) if static else DynamicCache(config=config)
+        cache = EncoderDecoderCache(cache, of_prompt)
         tokens = torch.full((B, 1), model.config.decoder_start_token_id, device=device)
         position_ids = attend = None
     else:  # left-padded, so positions are told explicitly: absolute embeddings are wrong otherwise
@@ -1602,25 +1657,54 @@ def preallocated_cache(config):
     return cache
 
 
-_static_caches = weakref.WeakKeyDictionary()  # model: {(batch, room): cache}
+_static_caches = weakref.WeakKeyDictionary()  # model: {(use, batch, room): cache}
 
 
-def static_cache(model, config, batch, room):
+def static_cache(model, config, use, batch, room):
     """A StaticCache, the same one for the same sizes: a CUDA graph is tied to the addresses it was recorded with."""
     kept = _static_caches.setdefault(model, {})
-    if (batch, room) not in kept:
-        if len(kept) == 4:
-            kept.clear()  # long prompts of many widths must not fill the GPU
-        kept[batch, room] = StaticCache(config=config, max_cache_len=room)
-    kept[batch, room].reset()
-    return kept[batch, room]
+    if (use, batch, room) not in kept:
+        if len(kept) == 8:
+            kept.clear()  # prompts of many lengths must not fill the GPU
+        kept[use, batch, room] = StaticCache(config=config, max_cache_len=room)
+    kept[use, batch, room].reset()
+    return kept[use, batch, room]
+
+
+def cache_rows(model, length):
+    """How many sequences of that length have keys and values of 16 GiB together: a fixed number, not what is free now,
+    since the noise of a sample hangs on its batch."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = 2 * config.num_hidden_layers * heads * width * length * model.dtype.itemsize
+    return max(1, 2**34 // size)
+
+
+_low_copies = weakref.WeakKeyDictionary()  # model: its copy
+
+
+def low_copy(model, dtype):
+    """A copy of a model with fp32 weights, whose matrices are `dtype` already: what autocast would make of them at
+    every token. It is made once and gets the model's present weights at each call."""
+    if model not in _low_copies:
+        made = _low_copies[model] = copy.deepcopy(model).requires_grad_(False)
+        for layer in made.modules():
+            if isinstance(layer, (torch.nn.Linear, Conv1D)):  # a tied head parts from the embedding here
+                for name, p in list(layer.named_parameters(recurse=False)):
+                    setattr(layer, name, torch.nn.Parameter(p.to(dtype), requires_grad=False))
+    made = _low_copies[model]
+    now = dict(model.named_parameters(remove_duplicate=False))
+    for name, p in made.named_parameters(remove_duplicate=False):
+        p.copy_(now[name])
+    return made
 
 
 def sampled(model, examples, tokenizer, cfg, temperature=1.0, seed=0, role="student"):
     """The examples with responses of the model in place of their own."""
     prompts = [e.prompt if role == "student" else e.teacher_prompt for e in examples]
     responses, _ = sample(model, prompts, cfg.max_response, temperature, seed=seed, eos=tokenizer.eos_token_id,
-                          compiled=cfg.compile)
+                          compiled=cfg.compile, dtype=compute_dtype(cfg, model.device))
     return [dataclasses.replace(e, response=r) for e, r in zip(examples, responses)]
 
 
@@ -1912,8 +1996,9 @@ class LLM:
     """A black box: prompts in, texts out, in one batched call. What it wrote is kept in `file`, a line a call, as soon
     as it is there; a resumed run gets the same texts from the file instead of asking again."""
 
-    def __init__(self, model, tokenizer, file, max_prompt, max_new, seed):
-        self.model, self.tokenizer, self.file, self.max_new, self.seed = model, tokenizer, Path(file), max_new, seed
+    def __init__(self, model, tokenizer, file, max_prompt, max_new, seed, compiled=False):
+        self.model, self.tokenizer, self.file = model, tokenizer, Path(file)
+        self.max_new, self.seed, self.compiled = max_new, seed, compiled
         template = "auto" if tokenizer.chat_template else "{prompt}"
         self.encode = prompt_encoder(tokenizer, template, model, 10**9)  # too long is an error, not cut
         context = getattr(model.config, "max_position_embeddings", None) or 10**9
@@ -1943,7 +2028,7 @@ class LLM:
         if key not in self.written:
             seed = int(hashlib.sha1(json.dumps([self.seed, call]).encode()).hexdigest()[:15], 16)
             responses, _ = sample(self.model, tokens, self.max_new, temperature, top_k=top_k, top_p=top_p, seed=seed,
-                                  eos=self.tokenizer.eos_token_id, batch_size=64)
+                                  eos=self.tokenizer.eos_token_id, batch_size=64, compiled=self.compiled)
             self.written[key] = [self.tokenizer.decode(r, skip_special_tokens=True) for r in responses]
             with open(self.file, "a", encoding="utf-8") as f:
                 f.write(json.dumps({"call": call, "key": key, "texts": self.written[key]}) + "\n")

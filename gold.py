@@ -268,7 +268,7 @@ def train(cfg):
     real = pick_shots(task, rows["train"], task["shots"], random.Random(cfg.seed))
     llm_path = common.resolve(cfg.teacher, "teacher", cfg.data, task["world"])
     llm = common.LLM(teacher, common.load_tokenizer(llm_path, "teacher"), run.dir / "written.jsonl", cfg.llm_prompt,
-                     task["max_new"], cfg.seed)
+                     task["max_new"], cfg.seed, cfg.compile)
     print(f"task {task['name']}: {len(real)} real samples in every prompt, {len(valid)} valid, {len(test)} test rows")
 
     def evaluate(model, examples):

@@ -184,8 +184,9 @@ def train(cfg):
         if cfg.sync > 1 and step % cfg.sync == 0:
             sampler.load_state_dict(student.state_dict())
         asked = [examples[i] for i in common.step_indices(len(examples), step, cfg)]
-        responses, sampler_logprobs = common.sample(sampler, [e.prompt for e in asked], cfg.max_response, eos=eos,
-                                                    seed=common.noise_seed(cfg.seed, step), compiled=cfg.compile)
+        responses, sampler_logprobs = common.sample(
+            sampler, [e.prompt for e in asked], cfg.max_response, seed=common.noise_seed(cfg.seed, step), eos=eos,
+            compiled=cfg.compile, dtype=dtype)
         order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt) + len(responses[i]))  # less padding
         answered = [replace(asked[i], response=responses[i]) for i in order]
         sampler_logprobs = [sampler_logprobs[i] for i in order]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS
+from conftest import WORDS, settings_of
 from safetensors.torch import load_file
 from torchrun_worker import greedy
 
@@ -22,9 +22,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 RUNS = {  # script: settings of its run; nothing that depends on the noise of a sampler
     "kd": ("kd_forward", {"accum": 2}),
     "kd-no-reduction": ("kd_forward", {"accum": 2}),
-    "llmr": ("llmr", {"top_k": 1, "entropy": 0.01}),
-    "dpkd": ("dpkd", {"negatives": "online"}),
-    "dpkd-token": ("dpkd", {"level": "token"}),
+    "llmr": ("llmr", {"baseline": "value"}),
+    "dpkd": ("dpkd", {"negatives": "online", "anchor": 0.5}),
     "gold": ("gold", {"task": "task.json", "data": "texts.jsonl", "budget": 24, "round_size": 4, "retrain": 1, "passes": 1, "feedback": 1}),
     "ddk": ("ddk", {"data": "domains", "max_tokens": 16, "interval": 5, "gap_rows": 6, "accum": 2}),
 }
@@ -53,12 +52,12 @@ def test_two_processes_train_what_one_does(settings, tmp_path_factory, monkeypat
         (root / f"domains/{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     texts = [{"text": " ".join(random.Random(j).choices(WORDS, k=4)), "label": j % 2} for j in range(80)]  # of gold
     (root / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in texts))
-    entry = json.loads((ROOT / "assets/gold_tasks.json").read_text())["tasks"]["reviews"]
-    entry |= {"truth": "", "labels": {"cat": "", "dog": ""}, "lengths": [1, 999], "shots": 1, "max_new": 3, "stop": [],
+    entry = json.loads((ROOT / "data/tasks.json").read_text())["tasks"]["reviews"]
+    entry |= {"labels": {"cat": "", "dog": ""}, "lengths": [1, 999], "shots": 1, "max_new": 3, "stop": [],
               "write": {"prompt": "{shots}", "shot": "{sample} ", "sample": "{label} {text}", "plain": "", "ood": "! "}}
     (root / "task.json").write_text(json.dumps(entry))
     monkeypatch.setattr(common, "sample", greedy)
-    fields = {module: importlib.import_module(module).Config.__dataclass_fields__ for module, _ in RUNS.values()}
+    fields = {module: settings_of(importlib.import_module(module).Config) for module, _ in RUNS.values()}
     of = lambda module, extra, out: {**{k: v for k, v in settings.items() if k in fields[module]}, **extra, "out": str(root / out)}
     jobs = [[module, of(module, extra, f"two-{name}"), "no-reduction" in name] for name, (module, extra) in RUNS.items()]
     (root / "jobs.json").write_text(json.dumps(jobs))

@@ -1,0 +1,202 @@
+"""What --compile and a GPU would run, looked at without a GPU: torch.compile with a backend that only counts."""
+import importlib
+
+import pytest
+import torch
+from conftest import any_run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import common
+
+CPU = torch.device("cpu")
+
+
+class Counter:
+    """A backend of torch.compile: keeps the graphs, counts their calls, runs them as they are."""
+
+    def __init__(self):
+        self.graphs, self.calls = [], 0
+
+    def __call__(self, graph, inputs):
+        self.graphs.append(graph)
+
+        def run(*args):
+            self.calls += 1
+            return graph.forward(*args)
+
+        return run
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    """torch.compile counts; a frame that is left uncompiled for too many recompilations is an error."""
+    counter, compile = Counter(), torch.compile
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic=None, **_: compile(f, backend=counter, dynamic=dynamic))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield counter
+    torch._dynamo.reset()
+
+
+def models(pair, kind):
+    return [common.load_model(str(path), CPU) for path in pair(kind)]
+
+
+def batches(model, widths):
+    """One batch of two responses for each width."""
+    for width in widths:
+        ids = list(range(3, 3 + width))
+        yield common.collate([common.Example(ids[:2], ids[:2], ids[2:]), common.Example(ids[:3], ids[:3], ids[3:])], model)
+
+
+def attention_nodes(graph):
+    return [n for n in graph.graph.nodes if "scaled_dot_product_attention" in str(n.target)]
+
+
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow),
+                                  pytest.param("t5", marks=pytest.mark.slow)])
+def test_every_width_of_both_models_is_one_compiled_graph(pair, kind, counter):
+    """dynamo's limit counts the recompilations of a piece of code, which student and teacher share."""
+    widths, teacher_and_student = range(8, 18, 2), models(pair, kind)  # ten compilations; the limit was eight
+    for model in teacher_and_student:
+        states = common.response_states(model, compiled=True)
+        for _ in range(2):
+            for batch in batches(model, widths):
+                states(batch)
+    assert len(counter.graphs) == 2 * len(widths)  # no graph is broken in two
+    assert counter.calls == 2 * 2 * len(widths)    # and none runs outside of what was compiled
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+def test_training_makes_no_mask_and_is_causal(pair, kind, counter):
+    for model in models(pair, kind):
+        plain, compiled = common.response_states(model), common.response_states(model, compiled=True)
+        for batch in batches(model, [9, 12]):
+            got, wanted = compiled(batch), plain(batch)
+            assert torch.allclose(got, wanted, atol=1e-6)
+    nodes = [n for graph in counter.graphs for n in attention_nodes(graph)]
+    assert len(nodes) == 2 * 2 * 2  # models, widths, layers
+    for n in nodes:
+        assert n.kwargs.get("attn_mask") is None and n.kwargs["is_causal"] is True
+        assert kind == "gpt2" or n.kwargs.get("enable_gqa")  # keys are not repeated for the heads that share them
+
+
+def test_the_mask_is_still_there_where_windows_slide_and_for_encoder_decoders(pair):
+    model = models(pair, "llama")[1]
+    with common.attention(model, "causal"):
+        assert model.config._attn_implementation == "causal"
+    assert model.config._attn_implementation == "sdpa"
+    model.config.sliding_window = 4
+    with common.attention(model, "causal"):
+        assert model.config._attn_implementation == "sdpa"
+    t5 = models(pair, "t5")[1]
+    with common.attention(t5, "causal"):
+        assert t5.config._attn_implementation != "causal"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
+def test_every_new_token_is_a_compiled_step_on_the_same_cache(pair, kind, counter):
+    model, prompts, n = models(pair, kind)[1], [[5, 6, 7], [8, 9]], 12
+    eos = len(common.head(model)[0]) - 1  # seldom drawn: all n tokens are
+    wanted, _ = common.sample(model, prompts, n, seed=3, eos=eos, static=True)
+    for _ in range(2):
+        got, _ = common.sample(model, prompts, n, seed=3, eos=eos, compiled=True, static=True)
+        assert got == wanted
+        steps = max(map(len, got)) - 1  # the first token comes from the prompt, uncompiled
+        assert counter.calls % steps == 0 and counter.calls >= steps
+    assert len(counter.graphs) == 1 and counter.calls == 2 * steps
+
+
+def test_the_static_cache_keeps_its_addresses_and_forgets_its_content(pair):
+    model = models(pair, "llama")[1]
+    config = model.config
+    first = common.static_cache(model, config, "self", 2, 64)
+    common.sample(model, [[5, 6], [7, 8, 9]], 5, seed=0, eos=1, static=True)
+    addresses = [layer.keys.data_ptr() for layer in first.layers]
+    again, _ = common.sample(model, [[5, 6], [7, 8, 9]], 5, seed=0, eos=1, static=True)
+    assert common.static_cache(model, config, "self", 2, 64) is first
+    assert [layer.keys.data_ptr() for layer in first.layers] == addresses
+    fresh = common.load_model(str(model.name_or_path), CPU)
+    assert again == common.sample(fresh, [[5, 6], [7, 8, 9]], 5, seed=0, eos=1, static=True)[0]
+
+
+def test_grouped_heads_share_their_keys_without_a_copy(pair):
+    """The attention of one new token against heads that each get their own copy of the keys."""
+    torch.manual_seed(0)
+    B, heads, kv, room, D = 3, 6, 2, 9, 4
+    query, key, value = torch.randn(B, heads, 1, D), torch.randn(B, kv, room, D), torch.randn(B, kv, room, D)
+    mask = (torch.rand(B, 1, 1, room) > 0.3) | (torch.arange(room) == 0)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = heads // kv, True
+    got, _ = common.grouped_attention(module, query, key, value, mask, scaling=0.7)
+    for b in range(B):
+        for h in range(heads):
+            k, v = key[b, h // (heads // kv)], value[b, h // (heads // kv)]
+            scores = (0.7 * query[b, h] @ k.T).masked_fill(~mask[b, 0], -torch.inf)
+            assert torch.allclose(got[b, :, h], scores.softmax(-1) @ v, atol=1e-6)
+
+
+def test_a_graph_that_is_compiled_for_a_loss_has_a_fixed_vocabulary(counter):
+    import kd_forward
+    loss = common.try_compile(kd_forward.kd_loss)
+    for rows in (5, 9, 13, 17):
+        q, p = torch.randn(rows, 40), torch.randn(rows, 40)
+        loss(q, p, torch.zeros(rows, dtype=torch.long), 1.0, 1.0)
+    assert len(counter.graphs) <= 2  # one for the first number of rows, one for any
+    inputs = [n for n in counter.graphs[-1].graph.nodes if n.op == "placeholder" and n.meta.get("example_value") is not None]
+    shapes = [tuple(n.meta["example_value"].shape) for n in inputs if hasattr(n.meta["example_value"], "shape")]
+    assert any(isinstance(shape[-1], int) and shape[-1] == 40 for shape in shapes if len(shape) == 2)
+
+
+def test_under_autocast_what_is_sampled_is_what_is_scored(pair):
+    """log rho of LLMR, which is 0 by definition on policy: with fp32 sampling it would be some hundredths."""
+    for model in models(pair, "llama"):
+        prompts = [[i, i + 1, i + 2] for i in range(3, 35)]
+        gaps = {}
+        for dtype in (torch.bfloat16, None):
+            responses, logprobs = common.sample(model, prompts, 16, seed=5, eos=0, dtype=dtype)
+            batch = common.collate([common.Example(p, p, r) for p, r in zip(prompts, responses)], model)
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = common.response_states(model)(batch)
+            scored = common.token_logprobs(model, hidden, batch.targets)
+            gaps[dtype] = (scored - torch.cat(logprobs)).abs().mean().item()
+        assert gaps[torch.bfloat16] < 0.5 * gaps[None]
+
+
+def test_the_low_copy_follows_the_weights(pair):
+    model = models(pair, "gpt2")[1]
+    common.low_copy(model, torch.bfloat16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    copied = common.low_copy(model, torch.bfloat16)
+    now = dict(model.named_parameters(remove_duplicate=False))
+    pairs = [(now[name], p) for name, p in copied.named_parameters(remove_duplicate=False)]
+    assert len(pairs) > 10 and all(torch.equal(a.to(p.dtype), p) for a, p in pairs)
+    assert {p.dtype for _, p in pairs} == {torch.bfloat16, torch.float32}  # embeddings and norms stay
+
+
+class Syncs(TorchDispatchMode):
+    """Counts what makes a GPU's host wait: reading a number out of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("script, most", [("kd_forward", 0), ("ddk", 16), ("dpkd", 40), ("llmr", 40)])
+def test_a_step_that_is_not_logged_reads_few_numbers_back(script, most, pair, any_root, tmp_path, monkeypatch):
+    """In ddk they are the draws of 8 sequences, which are on the CPU anyway; in dpkd and llmr the sampler looks for rows
+    that are done, here at every token and on a GPU at every sixteenth. (GPT-2's forward looks for padding: one more.)"""
+    teacher, student = map(str, pair("llama"))
+    counts = []
+    cfg = any_run(script, any_root, tmp_path / "run", teacher=teacher, student=student, steps=5, log_every=1000,
+                  eval_every=1000, save_every=1000, interval=1000, max_response=8)
+    with Syncs() as mode:
+        monkeypatch.setattr(common.Run, "end_step", lambda *_, **__: counts.append(mode.count))
+        importlib.import_module(script).train(cfg)
+    assert max(b - a for a, b in zip(counts[:-1], counts[1:-1])) <= most
