@@ -168,7 +168,7 @@ def any_run(script, root, out, /, **settings):
     config = importlib.import_module(script).Config
     names = settings_of(config)
     settings = {k: v for k, v in settings.items() if k in names}
-    if script == "gold":
+    if "task" in names:  # gold and its controls
         world = make_gold_world(root / "gold")
         return small_run(config, (world / "teacher", world / "student"), world / "data", out, **{**SMALL_GOLD, **settings})
     pair = root / "models/teacher", root / "models/student"
