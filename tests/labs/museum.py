@@ -1,8 +1,9 @@
 """The bug museum: one-line bugs that real distillation code shipped. Each still imports and trains; a test catches each.
 
-    python tests/museum.py              plant every bug in turn in a copy: `caught N of N`
-    python tests/museum.py --show 7     exhibit 7 for students: the line and three questions, no answers
-    python tests/museum.py --only 7     plant and test it, with the answers
+    python tests/labs/museum.py             plant every bug in turn in a copy: `caught N of N`, in minutes
+    python tests/labs/museum.py --show 7    exhibit 7 for students: the line and three questions, no answers
+    python tests/labs/museum.py --only 7    plant and test it, with the answers
+    python tests/labs/museum.py --check     every line stands once in its file, every named test exists: a second
 
 An exhibit is caught if its mutant trains three steps with a finite loss, and its *named* test, which passes on the clean
 tree, fails on the mutant by an AssertionError. Mutants run in forked children of a process that has torch and
@@ -22,7 +23,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Bug:
 
 
 KD, LLMR, DPKD, GOLD, DDK = (f"{name}.py" for name in ("kd_forward", "llmr", "dpkd", "gold", "ddk"))
-COMMON, PLUMBING = "common.py", "assets/plumbing.py"
+COMMON, RELEASE, NOISE = "common.py", "tests/controls/llmr_release.py", "tests/controls/gold_noise.py"
 EQUATION, CHUNKED = "kd_forward::loss_equals_the_equation", "kd_forward::chunked_loss_and_gradient_equal_the_textbook"
 ROWS = "common::rows_predict_exactly_the_response_tokens_incl_eos"
 BUGS = [
@@ -48,7 +49,7 @@ BUGS = [
     Bug(KD, "soft = alpha * tau**2 * kl", "soft = alpha * kl", "kd_forward::tau_squared_keeps_the_size_of_the_gradient",
         "At tau = 4 the KL counts a sixteenth of what --alpha says, so that CE rules.",
         "The loss is smaller and falls smoothly; Adam even hides the size where the KL stands alone.", dict(tau=2.0)),
-    Bug(KD, "F.log_softmax(student_logits / tau, -1), teacher", "F.log_softmax(student_logits, -1), teacher",
+    Bug(KD, "logq = F.log_softmax(student_logits / tau, -1)", "logq = F.log_softmax(student_logits, -1)",
         "kd_forward::kl_is_zero_with_zero_gradient_where_student_equals_teacher",
         "The student is taught the softened teacher: at tau = 2 it stays too flat for ever.",
         "The loss does reach its minimum, only that the minimum is at another distribution.", dict(tau=2.0)),
@@ -65,19 +66,19 @@ BUGS = [
         "kd_forward::accumulation_in_the_script_itself",
         "A mean of means: tokens of the micro-batch with the short responses weigh several times more.",
         "The logged loss is computed apart and right, and without accumulation there is no difference.", dict(accum=4)),
-    Bug(KD, "n_tokens = common.total(sum(len(b.targets) for b in micro))", "n_tokens = sum(len(b.targets) for b in micro)", "torchrun::two_processes_train_what_one_does",
+    Bug(KD, "n_tokens = common.all_reduce_sum(sum(len(b.targets) for b in micro))", "n_tokens = sum(len(b.targets) for b in micro)", "torchrun::two_processes_train_what_one_does",
         "Under torchrun each process divides by its own tokens: the gradient is N times too large, and a mean of means.", "One process is the whole world, and clipping hides the factor N."),
     Bug(KD, "        optimizer.zero_grad(set_to_none=True)", "        pass", "kd_forward::gradients_do_not_outlive_their_step",
         "Gradients of all past steps add up: a momentum without decay.",
         "Clipping keeps the steps short, Adam divides the growth out, and at first the old gradients point the right way."),
     # ------------------------------------------------------------------------------ rows, shift, masks
-    Bug(COMMON, "before = pad(both, fit(both)), torch.tensor([len(a) - 1 for a", "before = pad(both, fit(both)), torch.tensor([len(a) for a", CHUNKED,
+    Bug(COMMON, "before = torch.tensor([len(a) - 1 for a in prompts])", "before = torch.tensor([len(a) for a in prompts])", CHUNKED,
         "The shift is missing: each state is asked for the token that it has just read.",
         "The loss falls even faster, since copying the input is easier than predicting."),
-    Bug(COMMON, "before = pad(both, fit(both)), torch.tensor([len(a) - 1 for a", "before = pad(both, fit(both)), torch.tensor([len(a) - 2 for a", ROWS,
+    Bug(COMMON, "before = torch.tensor([len(a) - 1 for a in prompts])", "before = torch.tensor([len(a) - 2 for a in prompts])", ROWS,
         "The shift is made twice: the model is trained to predict the next token but one.",
         "Teacher and student are shifted alike, so that their KL falls as it should."),
-    Bug(COMMON, "pad([[model.config.decoder_start_token_id] + r[:-1] for r in responses]", "pad([list(r) for r in responses]", CHUNKED,
+    Bug(COMMON, "shifted = [[model.config.decoder_start_token_id] + r[:-1] for r in responses]", "shifted = [list(r) for r in responses]", CHUNKED,
         "T5's decoder reads the very token it is to predict.", "A copy is learned at once: the best curve of all."),
     Bug(COMMON, "    responses = [e.response for e in examples]", "    responses = [[t for t in e.response if t != 0] or e.response for e in examples]", ROWS,
         "EOS is taken for padding, for pad == eos: the student never learns to stop.",
@@ -111,17 +112,17 @@ BUGS = [
         "common::batches_are_a_function_of_the_step_and_cover_an_epoch", "The order hangs on a global state: a resumed run sees other data, and some twice.",
         "A resumed curve goes on smoothly from where it stopped."),
     # ------------------------------------------------------------------------------ teacher and vocabulary
-    Bug(COMMON, "return layer.weight[:model.vocab], None if bias is None else bias[:model.vocab]", "return layer.weight, bias",
+    Bug(COMMON, "return weight[:V], None if bias is None else bias[:V]", "return weight, bias",
         "common::heads_of_different_size_are_cut_and_renormalised", "Qwen2.5's padded heads (151,936 and 152,064) do not fit together: a crash, or mass on padding.",
         "Pairs with heads of one size, the usual test, never notice."),
     Bug(COMMON, "teacher.requires_grad_(False)", "teacher.requires_grad_(False).train()", "common::a_teacher_is_frozen_and_in_eval_mode",
         "Dropout is on in the teacher: its distribution is blurred, and another one at each step.", "The student learns the blurred mean, and the loss falls towards it."),
     Bug(COMMON, "teacher.requires_grad_(False)", "teacher.requires_grad_(True)", "common::a_teacher_is_frozen_and_in_eval_mode",
         "A graph is built through the teacher: its activations are kept for a backward pass that never comes.", "Only memory tells: the numbers are the same."),
-    Bug(COMMON, "prompt if encode_t is encode else encode_t(row[\"prompt\"])", "prompt if encode_t is encode else encode(row[\"prompt\"])",
+    Bug(COMMON, "prompt if same else encode_for_teacher(row[\"prompt\"])", "prompt if same else encode(row[\"prompt\"])",
         "kd_forward::a_teacher_with_its_own_template_scores_the_same_response_tokens", "The teacher reads the student's template, on which it was never trained.",
         "KL to a confused teacher falls as well as KL to a good one.", dict(teacher_template="Sort: {prompt} =")),
-    Bug(COMMON, "load_model(paths[0], device, seed=cfg.seed)", "load_model(paths[0], device, torch.bfloat16, seed=cfg.seed)", "kd_forward::a_bf16_checkpoint_trains_in_fp32",
+    Bug(COMMON, "load_model(paths[\"student\"], device, seed=cfg.seed)", "load_model(paths[\"student\"], device, torch.bfloat16, seed=cfg.seed)", "kd_forward::a_bf16_checkpoint_trains_in_fp32",
         "Weights and AdamW in bf16: updates below 0.4 % of a weight are rounded away.", "Early steps are large enough; training just stops improving sooner."),
     Bug(COMMON, "None if bias is None else bias.to(hidden.dtype)).float()", "None if bias is None else bias.to(hidden.dtype))",
         "common::bf16_states_give_fp32_logits_and_fp32_head_gradients", "Softmax over bf16 logits: gradients are off by 5 % and more where student and teacher are close.",
@@ -132,53 +133,56 @@ BUGS = [
         "The logged sums are right; the gradient's size is hidden by clipping and Adam."),
     Bug(COMMON, "*(None if g is None else g * grad[0].to(g.dtype) for g in ctx.saved_tensors)", "*ctx.saved_tensors", CHUNKED,
         "The incoming gradient is ignored, so that the division by the tokens is lost.", "Clipping to norm 1 makes every step look normal."),
-    Bug(COMMON, "batch.ids = batch.teacher.ids = ids", "batch.ids, batch.view = ids, batch.teacher", "common::a_step_leaves_nothing_to_the_garbage_collector",
+    Bug(COMMON, "batch.ids = batch.teacher_batch.ids = ids", "batch.ids, batch.teacher_view = ids, batch.teacher_batch", "common::a_step_leaves_nothing_to_the_garbage_collector",
         "Each batch holds itself, so that its tensors live until the garbage collector comes: memory creeps up for hours.",
         "Nothing but memory changes: the same losses to the last bit, and minutes show no growth."),
-    Bug(COMMON, "            self.known[batch.ids] = True", "            pass", "kd_forward::the_teacher_runs_once_for_each_remembered_response",
+    Bug(COMMON, "self.known[batch.ids] = True", "pass", "kd_forward::the_teacher_runs_once_for_each_remembered_response",
         "The remembered states are never used: the teacher runs again every epoch.", "The curve is identical; only the bill is not.", dict(cache_gib=1.0)),
     # ------------------------------------------------------------------------------ sampling and measuring
     Bug(COMMON, "temperature=1.0, top_k=0, seed=0, eos=None", "temperature=1.0, top_k=50, seed=0, eos=None", "common::sampled_logprobs_are_those_of_the_model",
         "A default of top_k = 50 makes \"on-policy\" samples off-policy.", "Samples look better than honest ones."),
     Bug(COMMON, "    model.eval()\n", "    pass\n", "common::sampling_leaves_training_mode_and_global_random_state_alone",
         "Sampling with dropout: from a distribution that is never scored, with random numbers that training misses.", "The text is a little worse, as text of a small model is."),
-    Bug(COMMON, "positions = (mask.cumsum(-1) - 1).clamp(min=0)", "positions = at.expand(B, P)", "common::greedy_sampling_equals_generate",
+    Bug(COMMON, "position_ids = (mask.cumsum(-1) - 1).clamp(min=0)", "position_ids = at.expand(B, P)", "common::greedy_sampling_equals_generate",
         "Left-padded prompts start at position 5, say: GPT-2's absolute positions are wrong for all but the longest.", "Training is right-padded and right; one prompt alone, or Llama, samples well."),
     Bug(COMMON, "n = t.index(eos) + 1 if eos in t", "n = max(1, t.index(eos)) if eos in t", "common::sampled_responses_keep_their_first_eos_and_nothing_after_it",
         "EOS is stripped from the samples that one trains on, so that stopping is never rewarded.", "Texts look right, for a decoder skips EOS anyway.", {}),
-    Bug(COMMON, "    student.eval()  # no dropout in what is reported", "    pass", "ruler::dropout_plays_no_part_in_what_is_measured",
+    Bug(COMMON, "    student.eval()  # no dropout in what is reported", "    pass", "evaluation::dropout_plays_no_part_in_what_is_measured",
         "Validation is measured with dropout on.", "The curve has the right shape, a bit too high."),
     Bug(COMMON, "return (logp.exp() * (logp - logq)).sum(-1), (logq.exp() * (logq - logp)).sum(-1)", "return (logq.exp() * (logq - logp)).sum(-1), (logp.exp() * (logp - logq)).sum(-1)",
-        "ruler::kl_directions_on_two_tokens_by_hand", "The table calls reverse KL forward, and the paper that you refute was right.", "Both fall in most runs."),
-    Bug(COMMON, 'm["ce"] = nll / sum(len(e.response) for e in labelled)', 'm["ce"] = nll / len(labelled)', "ruler::ce_is_a_mean_over_tokens",
+        "evaluation::kl_directions_on_two_tokens_by_hand", "The table calls reverse KL forward, and the paper that you refute was right.", "Both fall in most runs."),
+    Bug(COMMON, 'm["ce"] = nll / sum(len(e.response) for e in labelled)', 'm["ce"] = nll / len(labelled)', "evaluation::ce_is_a_mean_over_tokens",
         "Cross entropy a response is reported as cross entropy a token.", "It falls by the same share."),
     # ------------------------------------------------------------------------------ the run
-    Bug(PLUMBING, 'os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")', 'shutil.copy(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")',
+    Bug(COMMON, 'os.replace(file.with_suffix(".tmp"), file)', 'shutil.copy(file.with_suffix(".tmp"), file)',
         "input::a_checkpoint_is_replaced_in_one_piece", "A kill in the middle of the copy leaves half a checkpoint and no older one.", "It works every time that nobody pulls the plug."),
-    Bug(PLUMBING, 'torch.set_rng_state(state["rng"])', "pass", "kd_forward::resume_ends_bitwise_like_an_uninterrupted_run",
+    Bug(COMMON, 'torch.set_rng_state(state["rng"])', "pass", "kd_forward::resume_ends_bitwise_like_an_uninterrupted_run",
         "A resumed run has other dropout masks: it cannot be repeated.", "One dropout mask is as good as another."),
-    Bug(PLUMBING, "for key, part in parts.items():", "for key, part in list(parts.items())[:1]:",
+    Bug(COMMON, "for key, part in parts.items():", "for key, part in list(parts.items())[:1]:",
         "kd_forward::resume_ends_bitwise_like_an_uninterrupted_run", "AdamW's moments start from zero after each resumption.", "A bump of a few steps, blamed on the data."),
     # ------------------------------------------------------------------------------ llmr.py
-    Bug(LLMR, "reward = action_value - state_value[:, 1:].masked_fill", "reward = action_value - state_value[:, :-1].roll(-1, 1).masked_fill",
-        "llmr::the_last_position_does_not_wrap_around", "A roll by one puts the first state's value into the last place of a response that was cut.",
-        "Few responses are cut, and rewards have no known size."),
-    Bug(LLMR, "state_value[:, 1:].masked_fill(terminal, 0.0)", "state_value[:, 1:]", "llmr::the_last_position_does_not_wrap_around",
-        "The state after EOS has a value: stopping is punished by whatever comes after the end.", "`return` still rises, by longer responses."),
-    Bug(LLMR, "return reward.masked_fill(at >= lengths[:, None], 0.0)", "return reward", "llmr::what_lies_beyond_a_response_changes_nothing",
+    Bug(LLMR, "next_value = F.pad(state_value[:, 1:], (0, 1)) ", "next_value = state_value ", "llmr::the_last_position_does_not_wrap_around",
+        "A token is compared with the state that it was chosen in, not with the state that it leads to: the last one is never held to account.",
+        "All rewards but the last become advantages, whose sum is the objective anyway."),
+    Bug(RELEASE, "reward = action_value - state_value[:, 1:].masked_fill", "reward = action_value - state_value[:, :-1].roll(-1, 1).masked_fill",
+        "controls::the_last_position_does_not_wrap_around", "A roll by one puts the first state's value into the last place of a response that was cut.",
+        "Few responses are cut, and rewards have no known size.", dict(discard=False)),
+    Bug(RELEASE, "state_value[:, 1:].masked_fill(terminal, 0.0)", "state_value[:, 1:]", "controls::the_last_position_does_not_wrap_around",
+        "The state behind the end has a value: stopping is punished by whatever would come after it.", "`return` still rises, by longer responses.", dict(discard=False)),
+    Bug(LLMR, "return (action_value - next_value).masked_fill(at >= lengths[:, None], 0.0)", "return action_value - next_value", "llmr::what_lies_beyond_a_response_changes_nothing",
         "Rewards of padding flow back into every token before it.", "They are nearly the same constant for all, which a policy gradient forgives for a while."),
     Bug(LLMR, "return reward.flip(-1).cumsum(-1).flip(-1)", "return reward.cumsum(-1)", "llmr::loss_equals_the_equations",
         "A token is credited with the past, on which it had no influence.", "The sum of rewards, which is what one plots, is the same."),
-    Bug(LLMR, "return weights.detach()", "return weights", "llmr::rho_is_one_on_policy_and_the_ratio_where_the_sampler_is_stale",
+    Bug(LLMR, "return (ratio * returns).detach()", "return ratio * returns", "llmr::rho_is_one_on_policy_and_the_ratio_where_the_sampler_is_stale",
         "The gradient of the importance ratio counts as well.", "On policy there is no ratio and nothing changes.", dict(sync=2)),
     Bug(LLMR, "return -(weights * token_logprobs).sum()", "return (weights * token_logprobs).sum()", "llmr::policy_gradient_is_the_gradient_of_the_expected_return",
         "The policy is pushed away from what is rewarded.", "The loss falls: that is what descending it does. Its value means nothing."),
     Bug(LLMR, "return ((own.sum() - own) / (n.sum() - n).clamp(min=1)).expand_as(returns)", "return (own.sum() / n.sum()).expand_as(returns)",
         "llmr::policy_gradient_is_the_gradient_of_the_expected_return", "A baseline that contains the response's own return is biased.", "With a batch of 64 the bias is a 64th.", dict(baseline="mean")),
-    Bug(LLMR, "return inside, total(len(ended))", "return inside, total(inside.sum())", "llmr::v_a_constant_added_to_the_logits_of_a_state_changes_no_expected_gradient",
-        "Dividing by a number of sampled tokens makes the gradient depend on an arbitrary constant in the teacher's logits.", "Every language-model loss is a mean over tokens, so this one looks right too."),
-    Bug(LLMR, "on_policy = cfg.sync == 1 and cfg.top_k == 0", "on_policy = cfg.sync == 1", "llmr::the_loop_weights_by_the_samplers_own_logprobs_and_draws_by_seed_and_step",
-        "Truncated samples are treated as if they were the policy's own.", "Truncation lowers the variance: the curve is smoother.", dict(top_k=5)),
+    Bug(RELEASE, "return inside, total(len(ended))", "return inside, total(inside.sum())", "controls::discarding_and_the_cut_value_break_the_shift_invariance",
+        "Dividing by a number of sampled tokens makes the gradient depend on an arbitrary constant in the teacher's logits.", "Every language-model loss is a mean over tokens, so this one looks right too.", dict(discard=False)),
+    Bug(RELEASE, "on_policy = cfg.sync == 1 and cfg.top_k == 0", "on_policy = cfg.sync == 1", "controls::llmr_release_weights_by_the_samplers_own_logprobs",
+        "Truncated samples are treated as if they were the policy's own.", "Truncation lowers the variance: the curve is smoother.", dict(top_k=5, sync=1, discard=False)),
     Bug(LLMR, "else copy.deepcopy(student).requires_grad_(False)", "else student", "llmr::the_loop_weights_by_the_samplers_own_logprobs_and_draws_by_seed_and_step",
         "The stale copy is no copy: --sync 50 changes nothing that was to be studied.", "It trains better than it should.", dict(sync=4)),
     Bug(LLMR, "seed=common.noise_seed(cfg.seed, step)", "seed=common.noise_seed(cfg.seed, 0)", "llmr::the_loop_weights_by_the_samplers_own_logprobs_and_draws_by_seed_and_step",
@@ -188,19 +192,19 @@ BUGS = [
     # ------------------------------------------------------------------------------ dpkd.py
     Bug(DPKD, "margin = beta * (rho_t - rho_s)", "margin = beta * (rho_s - rho_t)", "dpkd::preference_loss_equals_the_equation_in_loops",
         "The student is to prefer its own text to the teacher's.", "The loss falls and the margin rises, as always when one descends it."),
-    Bug(DPKD, "rho_t, rho_s = logq_t - logp_t, logq_s - logp_s", "rho_t, rho_s = logq_t, logq_s", "dpkd::2_a_student_equal_to_the_teacher_has_nothing_to_learn",
+    Bug(DPKD, "rho_t, rho_s = rho_t / n_t, rho_s / n_s\n    margin = beta * (rho_t - rho_s)", "rho_t, rho_s = rho_t / n_t, rho_s / n_s\n    margin = beta * (logq_t - logq_s)", "dpkd::2_a_student_equal_to_the_teacher_has_nothing_to_learn",
         "Without the teacher's log-probs the own text is unlearned without end.", "The margin of the training pairs rises faster than before."),
-    Bug(DPKD, "return -F.logsigmoid(margin), margin", "return -torch.log(torch.sigmoid(margin)), margin", "dpkd::7_equals_dpo_with_the_teacher_as_reference",
+    Bug(DPKD, "return -F.logsigmoid(margin), margin", "return -torch.log(torch.sigmoid(margin)), margin", "dpkd::6_equals_dpo_with_the_teacher_as_reference",
         "Infinite for margins below -104, which long responses do reach.", "All is well until a pair is bad enough."),
     Bug(DPKD, "return token_logprobs.new_zeros(len(batch.lengths)).index_add(0, batch.owner, token_logprobs)",
         "return token_logprobs.new_zeros(len(batch.lengths)).index_add(0, batch.owner, token_logprobs) / batch.lengths",
-        "dpkd::7_prompts_and_pads_do_not_count_and_eos_does", "A mean over tokens in place of log q(y|x): length normalisation that nobody asked for.", "Margins are smaller and calmer."),
-    Bug(DPKD, "new_epoch = step * cfg.batch_size // N != (step - 1) * cfg.batch_size // N", "new_epoch = False", "dpkd::resume_ends_bitwise_like_an_uninterrupted_run",
+        "dpkd::6_prompts_and_pads_do_not_count_and_eos_does", "A mean over tokens in place of log q(y|x): length normalisation that nobody asked for.", "Margins are smaller and calmer."),
+    Bug(DPKD, "new_epoch = step == 0 or step * cfg.batch_size // N != (step - 1) * cfg.batch_size // N", "new_epoch = False", "dpkd::resume_ends_bitwise_like_an_uninterrupted_run",
         "The negatives are those of step 0 for ever: at a small beta the student runs beyond the teacher and collapses.", "The margin of the stale pairs rises all the time.", dict(negatives="epoch")),
-    Bug(DPKD, 'logp_s = logprobs(teacher, drawn, "teacher").tolist()', 'logp_s = logprobs(teacher, drawn, "student").tolist()',
+    Bug(DPKD, 'scored = log_likelihood(teacher, drawn, cfg, "teacher").tolist()', 'scored = log_likelihood(teacher, drawn, cfg, "student").tolist()',
         "dpkd::every_negative_is_the_students_own_and_scored_by_the_teacher", "The teacher scores y_s under the student's template and y_t under its own.",
         "With one template for both it is the same thing.", dict(teacher_template="Sort: {prompt} =")),
-    Bug(DPKD, "values = [losses.sum() / n_pairs", "values = [losses.mean()", "dpkd::accumulation_gives_one_result",
+    Bug(DPKD, "preference, ce = losses.sum() / n_pairs,", "preference, ce = losses.mean(),", "dpkd::accumulation_gives_one_result",
         "With --accum 8 the preference counts eight times.", "Without accumulation it is the same number.", dict(accum=4)),
     # ------------------------------------------------------------------------------ gold.py
     Bug(GOLD, "return -logits.logsumexp(-1)", "return -logits.log_softmax(-1).logsumexp(-1)", "gold::energy_is_minus_logsumexp_and_shifts_with_the_logits",
@@ -209,26 +213,26 @@ BUGS = [
         "High and low energy are exchanged: what the student knows already is fed back.", "Samples come in, all well-formed, and the student learns them."),
     Bug(GOLD, "order[n * 5 // 10:n * 8 // 10]", "order[4:6]", "gold::the_band_is_relative_to_the_samples_that_are_there",
         "Ranks are fixed for batches of 8: for 16 samples it feeds back familiar ones, for 4 none.", "With the default round size hardly anything changes."),
-    Bug(GOLD, "rce = -math.log(1e-4) * (1 - (-ce).exp()) ", "rce = -math.log(1e-4) * (-ce).exp() ", "gold::sce_is_its_equation_with_the_one_hot_clamped",
+    Bug(GOLD, "reverse_ce = -math.log(1e-4) * (1 - (-ce).exp()) ", "reverse_ce = -math.log(1e-4) * (-ce).exp() ", "gold::sce_is_its_equation_with_the_one_hot_clamped",
         "Reverse CE punishes the probability of the right label.", "The loss falls: it is easy to be wrong."),
     Bug(GOLD, 'if s["round"] == t - 1 and s["fed"]] if t % 2 == 0 else []', 'if s["fed"]]',
         "gold::feedback_is_shown_on_even_rounds_only_and_the_ood_prompt_sees_two_training_samples",
         "All feedback so far is shown in every round: the prompt grows until it is cut.", "More examples in a prompt make better samples, at first."),
     Bug(GOLD, "return [x / len(e.response) for x, e in zip(sums.tolist(), examples)]", "return [x / cfg.max_response for x in sums.tolist()]",
-        "gold::energies_skip_padding_and_the_flag_averages_over_it", "The mean energy of a response depends on how long the longest may be: short ones look familiar.",
+        "gold::energies_skip_padding", "The mean energy of a response depends on how long the longest may be: short ones look familiar.",
         "Where all labels have one word every energy is off by one factor, and ranks stay."),
     Bug(GOLD, "scorer=scorer, scorer_optimizer=scorer_optimizer,", "scorer_optimizer=scorer_optimizer,", "gold::a_run_killed_while_samples_are_written_asks_for_no_text_twice",
         "The scorer is not in the checkpoint: a resumed run judges by an untrained one.", "Energies have no zero, so other energies raise no suspicion."),
     # ------------------------------------------------------------------------------ ddk.py
-    Bug(DDK, "return (student_ce - teacher_ce).exp()", "return (teacher_ce - student_ce).exp()", "ddk::gap_and_prior_of_a_worked_example",
+    Bug(DDK, "return (student_ce - teacher_ce).clamp", "return (teacher_ce - student_ce).clamp", "ddk::gap_and_prior_of_a_worked_example",
         "The domain in which the student lags most gets the least data.", "CE on what is drawn falls, and faster: the easy domains are drawn."),
     Bug(DDK, "log_psi = (log_shares + rho).log_softmax(-1)", "log_psi = rho.log_softmax(-1)", "ddk::mixture_of_a_worked_example",
         "The old shares are forgotten: no memory, and shares that jump.", "The mixture does follow the gaps, as it should."),
-    Bug(DDK, "part((1 - alpha) / len(rho))))", "part((1 - alpha) / 2)))", "ddk::mixture_equals_the_equation_written_out",
+    Bug(DDK, "uniform = torch.full_like(rho, log((1 - alpha) / len(rho)))", "uniform = torch.full_like(rho, log((1 - alpha) / 2))", "ddk::mixture_equals_the_equation_written_out",
         "A floor for two domains, left over from a small trial: with six the shares add up to 2.", "What draws by them divides by their sum and says nothing."),
     Bug(DDK, "kl = (logp.exp() * (logp - logq)).sum(-1) ", 'kl = F.kl_div(logp, logq, reduction="none", log_target=True).sum(-1) ', "ddk::loss_equals_the_equation_in_loops",
         "KL(q||p) in place of KL(p||q).", "CE carries the loss; its small KL term falls either way."),
-    Bug(DDK, "shares = mix.log_shares.exp() if steered and step >= cfg.interval else mix.fixed", "shares = mix.log_shares.exp() if steered else mix.fixed",
+    Bug(DDK, "shares = sampler.log_shares.exp() if steered and step >= cfg.interval else fixed", "shares = sampler.log_shares.exp() if steered else fixed",
         "ddk::interval_zero_is_drawn_in_natural_proportion_whatever_the_gaps", "The prior is drawn from in interval 0, where D_0 is a random sample.",
         "It is one interval of twenty."),
     Bug(DDK, 'for k in ("sizes", "log_shares", "drawn", "total", "seconds")', 'for k in ("sizes", "log_shares", "total", "seconds")',
@@ -237,8 +241,50 @@ BUGS = [
     Bug(DDK, 'm = {"worst_gap": rho.max().item()', 'm = {"worst_gap": rho.mean().item()', "ddk::a_run_reports_gaps_and_follows_them",
         "The number that the method works on is a mean, in which one bad domain drowns.", "It falls."),
     Bug(DDK, "torch.multinomial(shares, size, replacement=True, generator=self.generator(\"step\", step))", "torch.multinomial(shares, size, replacement=True)",
-        "ddk::a_restored_mixture_draws_what_the_first_would_have_drawn", "The draws hang on the global random state, which dropout and evaluation move too.",
+        "ddk::a_restored_sampler_draws_what_the_first_would_have_drawn", "The draws hang on the global random state, which dropout and evaluation move too.",
         "One random draw is as good as another, until a run is to be repeated."),
+    # ------------------------------------------------------------------------------ the loops: right functions, wrong rows
+    Bug(GOLD, "held_out, scorer, to_example, cfg)\n        if t %", "held_out, student, to_example, cfg)\n        if t %", "loops::energies_are_those_of_the_scorer_as_it_is_after_its_training",
+        "Energies are the untrained student's: what it finds strange at the start it finds strange for ever, so feedback never moves on.",
+        "The scorer trains and its loss falls; nobody asks it anything."),
+    Bug(GOLD, 'known = [to_example(s["sample"]) for s in samples]', 'known = [to_example(s["sample"]) for s in samples if s["round"] >= t - cfg.retrain]',
+        "loops::the_scorer_trains_by_plain_ce_on_all_samples_so_far", "The scorer sees only what came since its last training and forgets the rest, which looks strange again.",
+        "It is faster, and fewer samples are fitted more closely."),
+    Bug(GOLD, "lambda q, _, y: sce_loss(q, y, 1.0, 0.0)", "lambda q, _, y: sce_loss(q, y, cfg.alpha, cfg.beta)", "loops::the_scorer_trains_by_plain_ce_on_all_samples_so_far",
+        "The scorer too is trained by SCE, which hardly moves logits of what it finds unlikely: the very thing that it is to tell.", "Its loss falls as the final student's does."),
+    Bug(GOLD, "            train_scorer(scorer,", "            scorer.load_state_dict(student.state_dict())\n            train_scorer(scorer,",
+        "loops::the_scorer_goes_on_between_trainings_with_its_weights_and_its_optimizer", "Each training starts anew: with few epochs the scorer stays close to the untrained student.",
+        "Each of its trainings has a curve that falls from far above."),
+    Bug(GOLD, 'real = pick_shots(task, rows["train"], task["shots"]', 'real = pick_shots(task, rows["test"], task["shots"]', "loops::the_llm_is_shown_training_rows_only",
+        "The LLM is shown test rows and writes more of the kind: the test leaks into the training data.", "Accuracy is better than it should be."),
+    Bug(GOLD, 'examples = [to_example(s["sample"]) for s in samples[:cfg.budget]]', 'examples = [to_example(s["sample"]) for s in samples[:cfg.budget] if s["opening"] == "plain"]', "loops::samples_of_the_ood_prompt_are_trained_on_as_well",
+        "Half of the budget, the half that was to bring what is rare, is used for feedback only.", "The other half is trained on twice as often, and its loss is lower."),
+    Bug(NOISE, 'rng.choice([w for w in words if w != s["label"]])', "rng.choice(words)", "controls::planted_noise_makes_the_share_of_labels_wrong_and_nothing_else",
+        "A wrong label may be the right one: of two labels half of the noise is none.", "Accuracy falls with the noise, only half as fast.", dict(noise=0.5)),
+    Bug(DDK, "            rho = domain_gap(student_ce, teacher_ce)", "            rho = domain_gap(domain_ce(student, data.test, cfg), teacher_test)",
+        "loops::the_mixture_is_steered_by_validation_sequences_and_never_by_test_ones", "The mixture is tuned on the split that the gaps are reported from.",
+        "The gaps of both splits are close, and they fall."),
+    Bug(LLMR, "weights) / n_responses", "weights) / n_tokens", "loops::llmr_steps_with_the_gradient_of_its_equations",
+        "Divided by the tokens sampled: steps with long samples count less, and a constant in the teacher's logits changes the gradient.",
+        "Every language-model loss is a mean over tokens; Adam hides the size."),
+    Bug(LLMR, "examples, eos = data.train, tokenizer", "examples, eos = data.train + data.valid, tokenizer", "loops::llmr_trains_on_prompts_of_the_train_split_only_and_on_all_of_them",
+        "Validation prompts are trained on: no response of theirs is needed, so why not?", "Validation improves, and it is the leak that improves it."),
+    Bug(DPKD, "batch_s.lengths, cfg.beta, cfg.length_norm)", "batch.lengths, cfg.beta, cfg.length_norm)", "loops::dpkd_steps_with_the_gradient_of_its_equations",
+        "Both sums are divided by |y_t|: what length normalisation was for, the length of y_s, still counts.", "Where both are about as long, nothing changes.", dict(length_norm=True)),
+    Bug(DPKD, "common.noise_seed(0, (cfg.seed + 1) * 1_000_003 + step)", "common.noise_seed(0, cfg.seed + step)", "loops::the_noise_of_y_s_is_never_that_of_y_t_nor_of_another_step",
+        "y_s is drawn with y_t's noise: the closer the student comes, the more often both are the same text.", "`same` rises, which looks like success."),
+    Bug(DPKD, "evaluate_fresh = fresh_pairs(teacher, student, data.valid, ", "evaluate_fresh = fresh_pairs(teacher, student, data.train[:len(data.valid)], ", "loops::fresh_pairs_come_from_validation_prompts",
+        "The margin of fresh pairs is one on training prompts, which the anchor has taught by heart.", "It rises to 0 sooner."),
+    Bug(KD, "teacher_hidden = teacher_fwd(batch.teacher_batch) if", "teacher_hidden = teacher_fwd(batch) if", "loops::kd_steps_with_the_gradient_of_its_equation",
+        "The teacher reads the student's prompt: --teacher-template is ignored, and an instruction that it needs is missing.",
+        "With one template for both it is the same thing; the KL falls, towards a worse teacher.", dict(teacher_template="Sort: {prompt} =")),
+    Bug(COMMON, "truncated(logits / temperature if temperature > 0 else logits, top_k, top_p)", "truncated(logits, top_k, top_p) / (temperature or 1)",
+        "loops::temperature_is_applied_before_top_p", "top-p is decided at temperature 1 and the temperature applied after it: cold samples come from too many tokens, hot ones from too few.",
+        "At temperature 1, or without top-p, it is the same; top-k keeps the same tokens either way."),
+    Bug(COMMON, "cfg.max_response, cfg.seed]", "cfg.max_response]", "loops::teacher_answers_differ_between_seeds_and_come_again_with_the_seed",
+        "All seeds train on the same teacher answers: the spread over seeds is too small.", "Each run by itself is right.", dict(responses="teacher")),
+    Bug(COMMON, 'from_model = labelled if cfg.kl_on == "references" else drawn', 'from_model = labelled if cfg.kl_on == "references" else from_teacher', "loops::kl_qp_is_measured_on_the_students_samples_and_kl_pq_on_the_teachers",
+        "KL(q||p) is measured where the teacher goes: a student that wanders off where it is alone is not found out.", "The number is smaller and calmer, and it falls."),
 ]
 
 
@@ -274,7 +320,7 @@ def child(job, seconds=120):
 def enter(tree):
     os.chdir(tree)
     os.environ["XDG_CACHE_HOME"] = f"{tree}/cache"
-    sys.path[:] = [str(tree / "tests"), str(tree)] + [p for p in sys.path if Path(p or ".").resolve() not in (HERE, HERE.parent)]
+    sys.path[:] = [str(tree / "tests"), str(tree)] + [p for p in sys.path if ROOT not in (place := Path(p or ".").resolve(), *place.parents)]
 
 
 def trains(tree, bug):
@@ -282,7 +328,7 @@ def trains(tree, bug):
     def job():
         enter(tree)
         conftest = importlib.import_module("conftest")
-        script = Path(bug.file).stem if bug.file in (KD, LLMR, DPKD, DDK, GOLD) else "kd_forward"
+        script = "kd_forward" if bug.file == COMMON else bug.file.removesuffix(".py").replace("/", ".")
         cfg = conftest.any_run(script, tree, tree / "run", **{"steps": 3, "save_every": 2, "eval_every": 9, "eval_rows": 2, **bug.run})
         importlib.import_module(script).train(cfg)
         losses = [r["loss"] for r in map(json.loads, open(tree / "run/log.jsonl")) if "loss" in r]
@@ -322,13 +368,34 @@ def plant(source, tree, bug):
         (tree / bug.file).write_text(text.replace(bug.old, bug.new))
 
 
+def check():
+    """What can be said without running anything. -> whether something is wrong."""
+    wrong, tests = [], {}
+    for i, b in enumerate(BUGS, 1):
+        if (n := (ROOT / b.file).read_text().count(b.old)) != 1:
+            wrong.append(f"{i}: {b.file} holds {n} times: {b.old}")
+        if b.old == b.new:
+            wrong.append(f"{i}: nothing is changed")
+        file, _, name = b.test.partition("::")
+        path = ROOT / f"tests/test_{file}.py"
+        if file not in tests:
+            tests[file] = path.read_text() if path.exists() else ""
+        if f"def test_{name}(" not in tests[file]:
+            wrong.append(f"{i}: there is no test {name} in {path.relative_to(ROOT)}")
+    print("\n".join([*wrong, f"{len(BUGS)} exhibits, {len(wrong)} wrong"]))
+    return bool(wrong)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--show", type=int)
     parser.add_argument("--only", type=int, nargs="+")
+    parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     if args.show:
         return show(args.show)
+    if args.check:
+        return check()
     import numpy  # noqa: F401  # imported here, once, and inherited by every child
     import pytest  # noqa: F401
     import torch
@@ -340,7 +407,7 @@ def main():
     begin, caught, chosen = time.time(), 0, [(i, b) for i, b in enumerate(BUGS, 1) if i in (args.only or [i])]
     with tempfile.TemporaryDirectory() as root:
         root = Path(root).resolve()
-        plant(HERE.parent, root / "clean", None)
+        plant(ROOT, root / "clean", None)
         clean = outcomes(root / "clean", [b.test for _, b in chosen])
         for i, b in chosen:
             tree = root / f"bug{i}"

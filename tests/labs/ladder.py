@@ -1,10 +1,10 @@
 """The build-it ladder: a copy of the project in which a method is yours to write; its tests say when it is right.
 
-    python tests/ladder.py llmr                     blank all functions of the section "The method" of llmr.py
-    python tests/ladder.py llmr returns_to_go       or only this one: the first rung
-    python tests/ladder.py llmr --list              the functions, in the order in which to write them
+    python tests/labs/ladder.py llmr                     blank all functions of the section "The method" of llmr.py
+    python tests/labs/ladder.py llmr returns_to_go       or only this one: the first rung
+    python tests/labs/ladder.py llmr --list              the functions, in the order in which to write them
     python -m pytest out/ladder/llmr/tests/test_llmr.py -x      what is still wrong (as the first command tells)
-    python tests/ladder.py --prove                  blank every function in turn: at least one test must fail (long)
+    python tests/labs/ladder.py --prove                  blank every function in turn: at least one test must fail (long)
 
 Signatures and docstrings stay; the equations are in the docstring of the file.
 """
@@ -15,14 +15,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 METHODS = [m for m in ("kd_forward", "llmr", "dpkd", "gold", "ddk") if (ROOT / f"{m}.py").exists()]
 
 
 def functions(text):
     """The functions of the method's section in their order: [(name, first line of the body, last line)], from 1."""
     lines = text.splitlines()
-    begin, end = lines.index("# The method"), lines.index("# The loop")
+    begin = lines.index("# The method")
+    end = next(i for i, line in enumerate(lines) if line.startswith("# The loop"))
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and begin < node.lineno <= end and not node.name.startswith("__"):
@@ -42,7 +43,7 @@ def blank(text, names):
 
 
 def copy(method, names, target):
-    ignore = shutil.ignore_patterns("out", ".git", "__pycache__", ".venv", ".pytest_cache", ".ruff_cache", "*.png")
+    ignore = shutil.ignore_patterns("out", ".*", "__pycache__", "*.png")
     shutil.copytree(ROOT, target, ignore=ignore)
     file = target / f"{method}.py"
     file.write_text(blank(file.read_text(), names))
