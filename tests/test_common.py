@@ -241,6 +241,16 @@ def test_models_that_change_logits_after_the_head_are_refused(tmp_path):
         common.load_model(tmp_path, CPU)
 
 
+def test_a_model_that_is_no_transformer_is_refused_in_one_sentence(config, tmp_path):
+    """Mamba keeps a state, not keys and values: the sampler cannot cut rows from that when their responses end."""
+    n = dict(vocab_size=300, hidden_size=16, state_size=4, num_hidden_layers=1, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    transformers.MambaForCausalLM(transformers.MambaConfig(**n)).save_pretrained(tmp_path / "mamba")
+    for role in ("student", "teacher"):
+        with pytest.raises(common.BadInput, match=f"--{role} .*MambaForCausalLM .*: choose a transformer such as GPT-2") as said:
+            common.load_model(tmp_path / "mamba", CPU, role=role)
+        assert "\n" not in str(said.value)
+
+
 def test_a_teacher_is_frozen_and_in_eval_mode(config):
     student, teacher, _ = common.load_pair(config("gpt2"), CPU)
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
@@ -254,6 +264,20 @@ def test_another_teacher_never_meets_the_cache(pair):
     with torch.no_grad():
         next(a.parameters()).add_(0.01)
     assert before != common.fingerprint(a)
+
+
+def test_answers_from_a_cut_vocabulary_never_meet_a_whole_one(pair, config, capsys):
+    """With a student of a smaller head the teacher's distribution is cut to that size: these are other answers."""
+    teacher, tokenizer = load(pair, "llama", 0)
+    part, cfg = [Example(e.prompt, e.prompt, []) for e in examples(20)], config("llama", max_response=8)
+    answered = lambda: [e.response for e in common.teacher_answers(teacher, part, tokenizer, cfg)]
+    whole, teacher.vocab = teacher.vocab, 40
+    cut = answered()
+    assert max(t for r in cut for t in r) < 40
+    teacher.vocab = whole
+    assert max(t for r in answered() for t in r) >= 40 and capsys.readouterr().out.count("the teacher answers 20 prompts") == 2
+    teacher.vocab = 40
+    assert answered() == cut and "the teacher answers" not in capsys.readouterr().out
 
 
 # ---- what makes sampling faster changes no number -------------------------------------------------------------------

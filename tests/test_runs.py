@@ -1,0 +1,221 @@
+"""Settings, runs and what is made of them: the command line, the learning rate, tiny worlds, runs side by side."""
+import builtins
+import importlib
+import json
+import math
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, any_run
+
+import common
+import ddk
+import gold
+import kd_forward
+
+METHODS = ["kd_forward", "llmr", "dpkd", "gold", "ddk"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", METHODS)
+def test_a_setting_without_effect_is_refused_on_the_command_line_and_in_a_config(name):
+    script = importlib.import_module(name)
+    for unused in script.Config.unused:
+        default = getattr(script.Config(), unused)
+        other = "x" if isinstance(default, str) else default + 1
+        with pytest.raises(common.BadInput, match=f"unknown setting --{unused.replace('_', '-')}"):
+            common.parse_args(script.Config, [f"--{unused}={other}"])
+        with pytest.raises(common.BadInput, match=f"--{unused.replace('_', '-')} has no effect in this script"):
+            common.check_settings(script.Config(**{unused: other}))
+    common.check_settings(script.Config())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_setting_without_effect_stands_nowhere_in_its_script(name):
+    text = (ROOT / f"{name}.py").read_text()
+    for unused in importlib.import_module(name).Config.unused:
+        assert not re.search(rf"\bcfg\.{unused}\b", text), unused
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_help_shows_the_settings_of_the_method_first(name, capsys):
+    script = importlib.import_module(name)
+    with pytest.raises(SystemExit):
+        common.parse_args(script.Config, ["--help"])
+    shown = [x.replace("-", "_") for x in re.findall(r"^  --(?:no-)?([a-z-]+)", capsys.readouterr().out, re.M)]
+    own = list(script.Config.__annotations__)
+    assert shown[:len(own)] == own and "teacher" in shown and not set(shown) & set(script.Config.unused)
+    assert set(shown) == {f for f in script.Config.__dataclass_fields__ if f not in script.Config.unused}
+
+
+def test_a_run_says_and_keeps_only_settings_that_have_an_effect(config, capsys):
+    cfg = config(steps=0)
+    kd_forward.train(cfg)
+    kept = json.loads(common.Path(cfg.out, "settings.json").read_text())
+    assert "text_field" not in kept and "text_field" not in capsys.readouterr().out and kept["alpha"] == 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The learning rate
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("steps, warmup", [(500, 20), (300, 0), (4, 2), (10, 100), (1, 1)])
+def test_the_learning_rate_warms_up_linearly_and_falls_by_a_cosine_to_a_tenth(steps, warmup):
+    cfg = SimpleNamespace(lr=3e-3, steps=steps, warmup=warmup)
+    for step in range(steps):
+        rising = (step + 1) / warmup if step < warmup else 1.0
+        through = (step - warmup) / (steps - warmup) if step > warmup else 0.0
+        wanted = 3e-3 * rising * (0.1 + 0.9 * (1 + math.cos(math.pi * through)) / 2)
+        assert common.lr_at(step, cfg) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_optimizer_steps_with_that_learning_rate(name, any_root, tmp_path, monkeypatch):
+    cfg, seen, step = any_run(name, any_root, tmp_path / "run", steps=3, warmup=2, eval_every=9, budget=8), [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: seen.append(self.param_groups[0]["lr"]) or step(self, *a, **k))
+    importlib.import_module(name).train(cfg)
+    assert seen[-3:] == [common.lr_at(i, cfg) for i in range(3)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a run says at its end, and runs side by side
+# ---------------------------------------------------------------------------------------------------------------
+def test_the_headline_that_moved_most_is_named():
+    before, after = {"kl_pq": 4.0, "rouge_l": 0.2, "length": 1.0}, {"kl_pq": 1.0, "rouge_l": 0.1, "length": 900.0}
+    assert common.moved_most(before, after) == "moved most: kl_pq, 4.000 -> 1.000"  # by 3/4 of it; length is no headline
+    assert common.moved_most({"ce": 0.0, "accuracy": 0.5}, {"ce": 0.0, "accuracy": 0.55}) == "moved most: accuracy, 0.500 -> 0.550"
+    assert common.moved_most({"length": 1.0}, {"length": 2.0}) == "no headline metric was measured"
+
+
+@pytest.fixture
+def two_runs(config, any_root, tmp_path):
+    """Finished runs of two methods."""
+    kd_forward.train(config(steps=2, eval_every=1, lr=0.002, out=str(tmp_path / "kd")))
+    ddk.train(any_run("ddk", any_root, tmp_path / "ddk", steps=2, eval_every=1))
+    return tmp_path / "kd", tmp_path / "ddk"
+
+
+def test_runs_of_two_methods_are_compared_in_a_table_and_a_picture(two_runs, capsys):
+    pytest.importorskip("matplotlib")
+    capsys.readouterr()
+    common.compare(two_runs)
+    said = capsys.readouterr().out
+    settings, metrics = said.split("---\n")
+    rows = {line.split()[0]: line.split()[1:] for line in settings.splitlines()[1:]}
+    assert settings.split("\n")[0].split() == ["kd", "ddk"]
+    assert rows["script"] == ["kd_forward", "ddk"] and rows["lr"] == ["0.002", "0.001"]
+    assert rows["alpha"] == ["1.0", "0.5"] and rows["gamma"] == ["0.2"]  # only one has it
+    assert not {"tau", "warmup", "steps"} & set(rows)  # in which they do not differ
+    result = json.loads((two_runs[0] / "result.json").read_text())
+    found = {line.split()[0]: line.split()[1:] for line in metrics.splitlines()}
+    assert found["kl_pq"] == [f"{result['after.kl_pq']:.4f}"] and {"worst_gap", "mean_ce", "seconds"} <= set(found)
+    picture = two_runs[0].parent / "compare.png"
+    assert f"curves: {picture}" in said and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unfinished_run_is_compared_as_far_as_it_got(two_runs, capsys):
+    pytest.importorskip("matplotlib")
+    (two_runs[0] / "result.json").unlink()
+    capsys.readouterr()
+    common.compare(two_runs[:1])
+    assert capsys.readouterr().out.split("---\n")[1].split()[:2] == ["seconds", "peak_gib"]  # no metrics yet
+    assert (two_runs[0] / "compare.png").exists()  # of one run the picture lies in its own folder
+
+
+def test_without_matplotlib_a_sentence_says_how_to_get_pictures(two_runs, capsys, monkeypatch):
+    real = builtins.__import__
+
+    def no_matplotlib(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+    monkeypatch.setattr(builtins, "__import__", no_matplotlib)
+    common.compare(two_runs)
+    said = capsys.readouterr().out
+    assert "kl_pq" in said and said.endswith("pip install matplotlib, and the same command draws the curves\n")
+    assert not (two_runs[0].parent / "compare.png").exists()
+
+
+@pytest.mark.parametrize("content", [None, "no folder", "torn"])
+def test_a_folder_that_is_no_run_is_told_in_one_sentence(tmp_path, content):
+    folder = tmp_path / "x"
+    if content:
+        folder.mkdir()
+    if content == "torn":
+        (folder / "settings.json").write_text('{"script": "kd_fo')
+    with pytest.raises(common.BadInput, match=r"x: no run can be read there") as said:
+        common.compare([folder])
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.slow
+def test_compare_as_a_command(tmp_path):
+    call = lambda *words: subprocess.run([sys.executable, str(ROOT / "common.py"), *words], capture_output=True, text=True, cwd=tmp_path)
+    for words, said in (([], "error: say python common.py compare out/a out/b ...\n"), (["compare", "x"], None)):
+        done = call(*words)
+        assert done.returncode and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert said in (None, done.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tiny worlds: a program in data/ is run once
+# ---------------------------------------------------------------------------------------------------------------
+PROGRAM = '''
+import argparse, pathlib
+parser = argparse.ArgumentParser()
+parser.add_argument("dir", type=pathlib.Path)
+parser.add_argument("--number")
+parser.add_argument("--kind")
+parser.add_argument("--part")
+args = parser.parse_args()
+print("at work on", args.number, args.kind, args.part)
+for name in [args.part] if args.part else ["data", "teacher", "student"]:
+    (args.dir / name).mkdir(parents=True)
+'''
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """The file of a small program in the place of data/w/prepare.py."""
+    (tmp_path / "data/w").mkdir(parents=True)
+    (tmp_path / "data/w/prepare.py").write_text(PROGRAM)
+    monkeypatch.setattr(common, "HERE", tmp_path)
+    return tmp_path / "data/w/prepare.py"
+
+
+def test_a_tiny_world_is_made_once_and_its_parts_when_they_are_asked_for(program, capfd):
+    made = common.tiny_world("w", 3)
+    assert "at work on 3 None None" in capfd.readouterr().out and (made / "teacher").is_dir()
+    assert common.tiny_world("w", 3, "data") == made and "at work" not in capfd.readouterr().out
+    assert common.tiny_world("w", 3, "student-kl") == made and "at work on 3 None student-kl" in capfd.readouterr().out
+    assert not list(made.parent.glob("building-*"))
+
+
+def test_other_numbers_kinds_and_programs_are_other_worlds(program):
+    made = [common.tiny_world(*which) for which in (("w", 0), ("w", 1), ("w:sums", 0))]
+    program.write_text(PROGRAM + "# changed\n")  # a changed world never meets an old teacher
+    made.append(common.tiny_world("w", 0))
+    assert len(set(made)) == 4
+
+
+def test_a_program_that_fails_leaves_no_half_of_a_world(program):
+    program.write_text("import sys\nprint('the reason')\nsys.exit(3)\n")
+    with pytest.raises(common.RunFailed, match="prepare.py .* ended with status 3"):
+        common.tiny_world("w", 0)
+    assert not list(common.cache_dir().iterdir())
+
+
+def test_tiny_means_the_world_of_the_method(program, monkeypatch):
+    asked = []
+    monkeypatch.setattr(common, "tiny_world", lambda world, number, part: asked.append((world, number, part)) or program.parent)
+    for args in (("tiny", "data", "tiny"), ("tiny:4", "data", "tiny:4"), ("tiny", "teacher", "tiny:4", "domains"),
+                 ("tiny-kl", "student", "tiny"), ("tiny", "student", "tiny:2", "reviews:sums")):
+        common.resolve(*args)
+    assert asked == [("answers", 0, "data"), ("answers", 4, "data"), ("domains", 4, "teacher"), ("answers", 0, "student-kl"),
+                     ("reviews:sums", 2, "student")]
+    assert common.resolve("gpt2", "teacher", "tiny") == "gpt2" and gold.Config().data == "auto"
