@@ -1,7 +1,7 @@
-"""The answers world: short prompts, each with seven right answers of known probability; a teacher and two students.
+"""The answers world: short prompts, each with six right answers of known probability; a teacher and two students.
 
     python data/answers/prepare.py DIR                       data, teacher and student of world 0
-    python data/answers/prepare.py DIR --part student-kl     and a student that KD on the teacher's answers has converged
+    python data/answers/prepare.py DIR --part student-kl     adds the student after long KD on the teacher's answers
     python data/answers/prepare.py DIR2 --number 1           another world: other labels, another teacher and students
 
 grammar.json says what prompts look like and how an answer may be worded, so p(y|x) is known exactly: whether a text
@@ -11,8 +11,8 @@ is right, which wording it uses, how much probability a model gives to right ans
                                                  have a response; references and their probs are all right answers
     teacher/, student/, student-kl/              Hugging Face model directories
 
-The teacher sees many labelled rows, the student the few of train.jsonl. It is too narrow for the task, and student-kl
-is trained until more steps change nothing: what it gets wrong then is for want of width, not of time.
+The teacher sees many labelled rows, the student the few of train.jsonl; student-kl goes on from it with the teacher's
+answers to all prompts, for many steps. How far it is limited by its width, how far by its steps: see tuning.md.
 The models are made by kd_forward.py; the commands are printed and can be repeated by hand.
 """
 import argparse
@@ -116,8 +116,9 @@ def write_model(folder, grammar, width, layers, heads):
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(words),
         "hidden_size": width, "intermediate_size": 5 * width // 2, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": heads, "max_position_embeddings": 1024,
-        "initializer_range": 0.05, "tie_word_embeddings": True,
-        "pad_token_id": words[pad], "bos_token_id": None, "eos_token_id": words[eos]}))
+        "initializer_range": width ** -0.5,  # at 0.02, made for wide models, such narrow ones hardly begin to learn
+        "tie_word_embeddings": True, "pad_token_id": words[pad], "bos_token_id": None,
+        "eos_token_id": words[eos]}))
 
 
 def train(target, work, **settings):
@@ -138,7 +139,8 @@ def train(target, work, **settings):
         if re.match(r"step .*  loss ", line):
             print("  " + re.sub(r"  ce .*  tokens \d+", "", line), end="", flush=True)
     if run.wait():
-        sys.exit(f"{''.join(said)}\nthe command above failed with exit status {run.returncode}")
+        print(f"{''.join(said)}\nthe command above failed with exit status {run.returncode}", file=sys.stderr)
+        sys.exit(run.returncode)
     shutil.move(work / target.name / "student", target)
 
 
@@ -157,9 +159,8 @@ def main():
     shutil.rmtree(work, ignore_errors=True)  # what an interrupted run may have left
 
     if args.part:
-        # every world's student starts from the same random weights, so that worlds differ in data and teacher only
         train(top / args.part, work, teacher=top / "teacher", student=top / "student", data=top / "data",
-              responses="teacher", cache_gib=1, seed=args.number, **recipe[args.part])
+              responses="teacher", cache_gib=1, seed=0, **recipe[args.part])
     else:
         number = f"data {args.number}"
         write_rows(top / "data/train.jsonl", make_rows(grammar, number, sizes["pool"], "train", sizes["labelled"]))
@@ -171,8 +172,10 @@ def main():
         for name, data in (("teacher", work / "pretrain"), ("student", top / "data")):
             shape = {key: recipe[name].pop(key) for key in ("width", "layers", "heads")}
             write_model(work / f"random-{name}", grammar, **shape)
+            # all students start from the same random weights: worlds differ in data and teacher only
+            seed = args.number if name == "teacher" else 0
             train(top / name, work, teacher="none", alpha=0, student=work / f"random-{name}", data=data,
-                  holdout=0.01, seed=args.number, **recipe[name])
+                  holdout=0.01, seed=seed, **recipe[name])
     shutil.rmtree(work)
 
 
