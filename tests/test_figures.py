@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-
-from assets import figures
+from evidence import figures
 
 P = np.array([.4, .3, .2, .1])
 Q0 = np.array([.3, .4, .1, .2])

@@ -1,5 +1,5 @@
-"""A quick part of tests/fuzz.py: 200 hostile inputs, each ends in success or in one sentence."""
-import fuzz
+"""A quick part of tests/evidence/fuzz.py: 200 hostile inputs, each ends in success or in one sentence."""
+from evidence import fuzz
 
 
 def test_hostile_input_ends_in_success_or_one_sentence(tmp_path):

@@ -1,7 +1,7 @@
 """Speed as ratios within one run: contenders take turns (A B C A B C ...), medians, correctness gate first.
 
-    python tests/bench.py [--rounds 3] [--json FILE] [--only kd_step sample]
-    python tests/bench.py --readme          write the tables of the committed assets/bench.json into README.md
+    python tests/evidence/bench.py [--rounds 3] [--json FILE] [--only kd_step sample]
+    python tests/evidence/bench.py --print      write the table of the committed assets/bench.json into tests/README.md
 
 A ratio above 1 says that ours is faster (or smaller). `textbook` is the loop that everybody writes: both models'
 logits for every position, masked afterwards. It is written plainly below and stays as it is. Peers take part where
@@ -26,7 +26,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
 import transformers
@@ -37,7 +38,6 @@ import dpkd
 import kd_forward
 import llmr
 
-ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 B, T, RESPONSE = 16, 128, 50  # 39 % of the tokens are response tokens
 
@@ -113,12 +113,12 @@ def peers():
     return found
 
 
-def our_loss(student, teacher, batch, fwd, teacher_fwd, dtype):
+def our_loss(student, teacher, batch, fwd, teacher_fwd, dtype, kd_loss=kd_forward.kd_loss):
     with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
         hidden = fwd(batch)
         with torch.no_grad():
             teacher_hidden = teacher_fwd(batch)
-    row_loss = lambda q, p, y: kd_forward.kd_loss(q, p, y, 1.0, 1.0)
+    row_loss = lambda q, p, y: kd_loss(q, p, y, 1.0, 1.0)
     return common.rowwise_loss(row_loss, student, hidden, batch.targets, teacher, teacher_hidden)[0] / len(batch.targets)
 
 
@@ -263,19 +263,17 @@ def bench_llmr(rows, rounds, vocab=32_000, dtype=torch.float32):
         mark()
         answered = [common.Example(e.prompt, e.prompt, r) for e, r in zip(prompts, responses)]
         lengths = torch.tensor([len(r) for r in responses], device=DEVICE)
-        ended = torch.tensor([r[-1] == 0 for r in responses], device=DEVICE)
         with torch.no_grad(), torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
-            scored = [common.Example(e.prompt, e.prompt, e.response + [0] * (e.response[-1] != 0)) for e in answered]
-            batch = common.collate(scored, teacher).to(DEVICE)
+            batch = common.collate(answered, teacher).to(DEVICE)
             values = common.row_scalars(lambda p, y: llmr.teacher_values(p, y, "max"), teacher, teacher_fwd(batch), batch.targets)
-        q, v, _ = (common.by_response(x, lengths + ~ended, int(lengths.max()) + 1) for x in values)
-        returns = llmr.returns_to_go(llmr.induced_reward(q[:, :-1], v, lengths, ended | True))
+        q, v, _ = (common.pad_responses(x, lengths, int(lengths.max())) for x in values)
+        returns = llmr.returns_to_go(llmr.induced_reward(q, v, lengths))
         mark()
         batch = common.collate(answered, student).to(DEVICE)
         with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
             hidden = fwd(batch)
         inside = torch.arange(returns.shape[1], device=DEVICE) < lengths[:, None]
-        weights = llmr.policy_weights(returns[inside], None, None, 0.0)
+        weights = llmr.policy_weights(returns[inside], None, None)
         loss = llmr.policy_gradient_loss(common.token_logprobs(student, hidden, batch.targets), weights) / len(prompts)
         loss.backward()
         return loss
@@ -347,7 +345,7 @@ def bench_cache(rows, rounds):
         for step in range(4):
             batch = batches.at(step)[0]
             with torch.no_grad():
-                teacher_hidden = states(batch.teacher)
+                teacher_hidden = states(batch.teacher_batch)
             kd = lambda q, p, y: kd_forward.kd_loss(q, p, y, 1.0, 1.0)
             common.rowwise_loss(kd, student, fwd(batch), batch.targets, teacher, teacher_hidden)[0].backward()
     epoch(cached)
@@ -380,7 +378,7 @@ def bench_dpkd(rows, rounds, vocab=32_000, dtype=torch.float32):
         with torch.no_grad(), torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
             hidden = common.response_states(model)(batch)
             values = common.row_scalars(lambda z, y: (common.log_softmax_at(z, y),), model, hidden, batch.targets)
-            return dpkd.response_logprobs(values[0], batch)
+            return values[0].new_zeros(len(batch.lengths)).index_add(0, batch.owner, values[0])
     p_t = score(teacher, batch)
 
     def ours(student):
@@ -388,7 +386,7 @@ def bench_dpkd(rows, rounds, vocab=32_000, dtype=torch.float32):
         for b in (batch, batch_s):
             with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
                 hidden = fwd(b)
-            q.append(dpkd.response_logprobs(common.token_logprobs(student, hidden, b.targets), b))
+            q.append(dpkd.response_logprobs(student, hidden, b))
         return dpkd.preference_loss(q[0], p_t, q[1], p_s, None, None, 0.1, False)[0].mean() - q[0].sum() / len(batch.targets)
 
     steps, found = {}, {}
@@ -463,11 +461,11 @@ def bench_lessons(rows):
 
 
 MEMORY = """
-import sys; sys.path.insert(0, "tests"); import bench, common, torch; from assets import speed
+import sys; sys.path.insert(0, "tests/evidence"); import bench, common, torch
 side, layers, vocab = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 student, teacher = bench.model(64 * layers, layers, vocab, 2), bench.model(64, 1, vocab, 1).eval().requires_grad_(False)
 if side == "recomputed":
-    speed.recompute(student)
+    common.recompute(student)
 batch = common.collate(bench.examples(vocab), teacher)
 mask = torch.zeros(bench.B, bench.T); mask[:, bench.T - bench.RESPONSE:] = 1
 for p in student.parameters(): p.grad = torch.zeros_like(p)
@@ -500,7 +498,7 @@ def bench_memory(rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The README's tables
+# The table in tests/README.md
 # ---------------------------------------------------------------------------------------------------------------
 WORKS = {
     **{f"kd_{part}_{v}_{kind}": f"{what}, V = {n}, {dtype}" for part, what in (("step", "KD step"), ("head", "its head and loss alone"))
@@ -520,8 +518,8 @@ RIVALS = {"textbook": "textbook loop", "trl_gkd": "TRL GKDTrainer's loss", "trl_
 SCRIPTS = ("kd_forward", "llmr", "dpkd", "gold", "ddk")
 
 
-def readme_tables(found):
-    """The text between the marks in README.md, made from a --json file."""
+def table(found):
+    """The text between the marks, made from a --json file."""
     lines = [f"{found['machine']}, {found['threads']} threads, transformers {found['transformers']}, commit {found['commit']}:", "",
              "| work | against | ratio (lowest to highest) | ours | theirs |", "|---|---|---|---|---|"]
     for r in sorted((r for r in found["rows"] if r["work"] in WORKS), key=lambda r: list(WORKS).index(r["work"])):
@@ -536,8 +534,8 @@ def readme_tables(found):
 
 
 def with_table(text):
-    """The README with the table between its marks made anew from the committed file."""
-    new = readme_tables(json.loads((ROOT / "assets/bench.json").read_text()))
+    """A page with the table between its marks made anew from the committed file."""
+    new = table(json.loads((ROOT / "assets/bench.json").read_text()))
     return re.sub(r"(<!-- table bench -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{new}\n{m[2]}", text, flags=re.S)
 
 
@@ -548,10 +546,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", default="", help="write the rows there, too")
     parser.add_argument("--only", nargs="*", choices=list(parts), default=list(parts))
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--print", action="store_true", dest="only_print")
     args = parser.parse_args()
-    if args.readme:
-        (ROOT / "README.md").write_text(with_table((ROOT / "README.md").read_text()))
+    if args.only_print:
+        page = ROOT / "tests/README.md"
+        page.write_text(with_table(page.read_text() if page.exists() else "<!-- table bench -->\n<!-- end -->\n"))
         return
     rows = []
     for part in args.only:
@@ -564,7 +563,7 @@ def main():
             parts[part](rows, args.rounds)
         gc.collect()
     if DEVICE.type == "cpu":
-        print("GPU rows: not measured, no GPU here (python tests/gpu.py where there is one)")
+        print("GPU rows: not measured, no GPU here (python tests/evidence/gpu.py where there is one)")
     if args.json:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'no GPU'}, torch {torch.__version__}"

@@ -1,6 +1,6 @@
 """Does memory stay flat in a long run? Memory of a real run, sampled every second; slope with its interval.
 
-    python tests/soak.py [--minutes 20] [--scripts kd_forward llmr]
+    python tests/evidence/soak.py [--minutes 20] [--scripts kd_forward llmr]
 
 The scripts run one after the other with their default settings on the tiny world, evaluating and saving as usual, for
 --minutes each, and are then stopped by SIGTERM. The first fifth is warm-up and left out; the rest is cut into ten
@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def resident(pid):

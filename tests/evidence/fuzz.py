@@ -1,6 +1,6 @@
 """Hostile input: each ends in success or in one sentence (BadInput), never in another exception, never half-written.
 
-    python tests/fuzz.py [--inputs 2400] [--seed 0]
+    python tests/evidence/fuzz.py [--inputs 2400] [--seed 0]
 
 Seeded. In process: settings through the command line's parser and check_settings, data and corpus files through the
 loaders and on to batches of token ids, run directories and checkpoints through Run. Every kind is drawn in turn.
@@ -22,10 +22,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import any_run
-from test_layout import METHODS
+sys.path[:0] = [str(p) for p in Path(__file__).resolve().parents[1:3]]
+from conftest import ROOT, any_run
 
 import common
+
+METHODS = ["kd_forward", "llmr", "dpkd", "gold", "ddk"]
 
 TEXTS = ["", " ", "\n", "a\0b", "\ufeff", "\u2028", "\ud800", "\udfff x", "<|endoftext|>", "</s><pad>", "{prompt}", "%s %n {0}", "\x1b[2J",
          "🤷🏽‍♂️" * 9, "Z̸̡͑a̷l̶g̴o", "‮evil", "a" * 3000, "NaN", "null", "'; DROP TABLE", "../../etc/passwd", "$(touch x)", "\\", '"', "\r"]
@@ -81,7 +83,8 @@ def spoil(data, rng):
 def settings(rng, place):
     """A random value for one to three settings of a random script, as text on the command line."""
     config = importlib.import_module(rng.choice(METHODS)).Config
-    fields = [f for f in dataclasses.fields(config) if f.name not in ("data", "teacher", "student", "out", "corpus")]
+    paths = "data", "teacher", "student", "out", "corpus"
+    fields = [f for f in dataclasses.fields(config) if f.name not in (*paths, *config.unused)]
     words = []
     for f in rng.sample(fields, rng.randint(1, 3)):
         value = rng.choice(NUMBERS + TEXTS) if rng.random() < 0.8 else text(rng)
@@ -175,13 +178,12 @@ def domains(rng, place):
     cfg = place.config("ddk", data=str(place.dir / "corpus"), domains=given, holdout=rng.choice([0.0, 0.1, 0.4]), domain_tokens=rng.choice([0, 0, 5]))
     common.check_settings(cfg)
     with place.quiet():
-        common.load_domains(cfg, place.student, None, place.tokenizer, world="world3")
+        common.load_domains(cfg, place.student, None, place.tokenizer)
 
 
 def task_files(rng, place):
     """A file for gold.py's --task: a good one, mended in one or two places."""
-    tasks = importlib.import_module("assets.tasks")
-    entry = json.loads(tasks.FILE.read_text())["tasks"][rng.choice(["reviews", "sums", "rte"])]
+    entry = json.loads((ROOT / "data/tasks.json").read_text())["tasks"][rng.choice(["reviews", "sums", "rte"])]
     for _ in range(rng.choice([0, 1, 1, 2])):
         key = rng.choice([*entry, "write", "solve", "labels", text(rng), "shots", "lengths", "max_new", "stop", "metric", "check", "data", "world"])
         entry[key] = rng.choice([*VALUES, text(rng), {text(rng): text(rng)}, {"sample": text(rng)}, {"text": 3}, [1, "x"], ["\ud800"], {"text": {}}, "{a}{b}", "{0.__class__}"])
@@ -197,10 +199,9 @@ def task_files(rng, place):
 
 def shares(rng, place):
     ddk = importlib.import_module("ddk")
-    given = rng.choice([text(rng), "a=.5,b=.5", "a=nan,b=1", "a=inf,b=0", "a=2,b=-1", "a=1", "a=.5,b=.5,b=.5", "\0.json", "x" * 5000 + ".json",
-                        str(place.file("s.json", spoil(b'{"after.share_a": 0.5, "after.share_b": 0.5}', rng))),
-                        str(place.file("t.json", rng.choice([b"[]", b"3", b'{"after.share_a": "x", "after.share_b": []}', b"{}", b"[" * 10**5])))])
-    assert abs(ddk.fixed_shares(given, ["a", "b"]).sum() - 1) < 1e-9
+    given = rng.choice([text(rng), "a=.5,b=.5", "a=nan,b=1", "a=inf,b=0", "a=2,b=-1", "a=1", "a=.5,b=.5,b=.5", "uniform", "natural", "a=",
+                        "a=.5,b=.5,c=0", "a=1e308,b=1e308", "a=.5,b=" + "9" * 5000, spoil(b"a=.5,b=.5", rng).decode("latin-1")])
+    assert abs(ddk.fixed_shares(given, ["a", "b"], [3, 5]).sum() - 1) < 1e-9
 
 
 def templates(rng, place):
@@ -263,8 +264,8 @@ def bad_outputs(rng, place):
     assert file.read_bytes() == b"mine"
 
 
-KINDS = {settings: 8, data_file: 8, typed_settings: 3, **({domains: 3, shares: 1} if "ddk" in METHODS else {}),
-         **({task_files: 3} if "gold" in METHODS else {}), long_lines: 1, places: 3, corpus: 3, templates: 3, models: 2, run_directories: 2, full_disks: 1, bad_outputs: 1}
+KINDS = {settings: 8, data_file: 8, typed_settings: 3, domains: 3, shares: 1, task_files: 3, long_lines: 1, places: 3, corpus: 3, templates: 3,
+         models: 2, run_directories: 2, full_disks: 1, bad_outputs: 1}
 
 
 # ---------------------------------------------------------------------------------------------------------------

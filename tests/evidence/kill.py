@@ -1,6 +1,6 @@
 """Kill every script at random moments and resume it: it must end bit by bit like a run that nobody touched.
 
-    python tests/kill.py [--scripts kd_forward llmr ...] [--kills 10] [--seed 0]
+    python tests/evidence/kill.py [--scripts kd_forward llmr ...] [--kills 10] [--seed 0]
 
 1. SIGKILL, --kills times a script, in turn while training, evaluating and saving, at a random moment of that phase;
    half of the resumed runs are killed once more. Then --resume until it is finished.
@@ -26,12 +26,13 @@ import time
 import traceback
 from pathlib import Path
 
+sys.path[:0] = [str(p) for p in Path(__file__).resolve().parents[1:3]]
 from conftest import ROOT, any_run, flags, outcome
-from test_layout import METHODS
 
 import common
 
-WATCHED = "plumbing.py", "shutil.py", "pathlib.py", "serialization.py", "modeling_utils.py"  # whose lines are looked at
+METHODS = ["kd_forward", "llmr", "dpkd", "gold", "ddk"]
+WATCHED = "common.py", "shutil.py", "pathlib.py", "serialization.py", "modeling_utils.py"  # whose lines are looked at
 PHASES = ("training", "evaluating", "saving")
 SETTINGS = dict(steps=10, save_every=2, eval_every=3, max_response=8)
 EXTRA = {"llmr": dict(sync=4), "gold": dict(eval_rows=8), "ddk": dict(interval=4), "dpkd": dict(negatives="epoch", batch_size=16)}  # state that is old at a checkpoint
@@ -80,16 +81,16 @@ def announcer(script, pipe):
         setattr(owner, name, announced)
 
     def prepare():
-        make_ruler = common.make_ruler
+        make_evaluator = common.make_evaluator
 
         def make(*args, **kw):
-            holder = argparse.Namespace(ruler=make_ruler(*args, **kw))
-            wrap(holder, "ruler", b"e")
-            return holder.ruler
-        common.make_ruler = make
+            holder = argparse.Namespace(evaluate=make_evaluator(*args, **kw))
+            wrap(holder, "evaluate", b"e")
+            return holder.evaluate
+        common.make_evaluator = make
         if hasattr(module := importlib.import_module(script), "domain_ce"):  # measures in its own way
             wrap(module, "domain_ce", b"e")
-        if script == "gold":  # its ruler is its own; nothing else there calls this
+        if script == "gold":  # its evaluation is its own; nothing else there calls this
             wrap(common, "sampled", b"e")
         wrap(common.Run, "save", b"s")
         wrap(common.Run, "finish", b"s")

@@ -1,6 +1,11 @@
-"""Draw the figures of the README from the committed assets/results.jsonl:  python -m assets.figures
+"""Draw the figures of README.md and assets/results.md from the committed assets/results.jsonl.
 
-Needs matplotlib, which nothing else does. Other records, another folder: python -m assets.figures FILE FOLDER"""
+    python tests/evidence/figures.py                    into assets/; needs matplotlib, which no script does
+    python tests/evidence/figures.py FILE FOLDER        other records, another folder
+
+One palette for all: a color stands for one method in every figure (`color_of`), blue for the teacher's text and red
+for the student's own where texts are shown.
+"""
 import json
 import re
 import sys
@@ -8,10 +13,23 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).parent
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: safe for colour-blind eyes
-BLUE, RED, GREEN = COLORS[:3]
+ROOT = Path(__file__).resolve().parents[2]
+# Okabe and Ito, for color-blind eyes, and one of Paul Tol's
+BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK, WINE = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
+PALETTE = {  # row, or what its name begins with; the longest that fits counts
+    "teacher": "0.6", "sft": ORANGE, "kd": SKY, "kd-teacher": BLUE, "kl": BLUE, "seqkd": GREEN, "reverse-kl": PINK,
+    "dpkd": RED, "dpkd-alone": WINE, "llmr": BLACK,
+    "natural": ORANGE, "uniform": GREEN, "static": BLUE, "no-smoothing": PINK, "ddk": RED,
+    "gold": RED, "gold-plain": BLUE, "gold-ood": GREEN, "gold-random": PINK, "gold-top": ORANGE, "gold-t1": SKY,
+}
+DOMAINS = {"code": BLUE, "prose": GREEN, "log": ORANGE, "json": PINK, "csv": SKY, "noise": RED}
 TICKS = [.1, .2, .3, .4, .5, .7, 1, 3, 10, 30, 100, 300, 1000, 3000]  # of logarithmic axes
+
+
+def color_of(row):
+    fits = [name for name in PALETTE if row == name or row.startswith(name + "-")]
+    return PALETTE[max(fits, key=len)] if fits else "0.4"
 
 
 def spread(places, gap, low=-np.inf, high=np.inf):
@@ -117,7 +135,8 @@ def curves(records, names, title):
     for axis, key, label in zip(axes, ("kl_pq", "valid", "mode_distance"), (
             "KL(p||q), nats a response", "right answers at T = 1", "distance of wording shares")):
         ends = []
-        for (row, name), color in zip(names.items(), COLORS):
+        for row, name in names.items():
+            color = color_of(row)
             runs = [[(x["step"], x[key]) for x in r["curve"]] for r in records if r["row"] == row]
             ends.append((draw_runs(axis, runs, color), name, color))
         if key == "kl_pq":
@@ -131,11 +150,11 @@ def overview(records, names, title):
     """Mean over seeds on one ruler, against seconds: those of the quickest seed, since the machine was shared. Rows
     from the KL-distilled start are dashed."""
     figure, axes = panels(2, title, 3.9, between=1.1, right=1.1)
-    colors = [COLORS[i] for i in (4, 2, 0, 5, 3, 1, 1, 0)]
     labels = "KL(p||q), nats a response", "right answers, sampled at T = 1"
     for axis, key, label in zip(axes, ("kl_pq", "valid"), labels):
         ends = []
-        for (row, name), color in zip(names.items(), colors):
+        for row, name in names.items():
+            color = color_of(row)
             runs = [r["curve"] for r in records if r["row"] == row]
             dashed = row == "llmr" or any("--student tiny-kl" in r["command"] for r in records if r["row"] == row)
             rate = min(c[-1]["seconds"] for c in runs) / runs[0][-1]["step"]
@@ -173,7 +192,8 @@ def lengths(records, names, title):
     figure, axes = panels(2, title)
     for axis, key, label in zip(axes, ("valid", "rouge_l"), ("exact match at T = 1", "ROUGE-L at T = 1")):
         ends = []
-        for (row, name), color in zip(names.items(), COLORS):
+        for row, name in names.items():
+            color = color_of(row)
             runs = [[(x["tokens"], x[key]) for x in r["by_length"]] for r in records if r["row"] == row]
             ends.append((draw_runs(axis, runs, color), name, color))
         axis.set(title=label, xlabel="tokens of the gold response (mean of its third)")
@@ -186,7 +206,7 @@ def by_domain(records, names, title, prefix="gap_"):
     figure, axes = panels(len(names), title, 4, between=0.9, right=0.9, sharey=True)
     ends = {axis: [] for axis in axes}
     for axis, (row, name) in zip(axes, names.items()):
-        for domain, color in zip(domains(records), COLORS):
+        for domain, color in DOMAINS.items():
             runs = [[(x["step"], x[prefix + domain]) for x in r["curve"]] for r in records if r["row"] == row]
             ends[axis].append((draw_runs(axis, runs, color), domain, color))
         axis.axhline(1, color="0.6", linewidth=0.8, zorder=0)
@@ -208,10 +228,11 @@ def mixtures(records, title):
     steps = [x["step"] for x in runs[0]]
     mean = np.mean([[[x["share_" + n] for n in names] for x in run] for run in runs], 0)  # (steps, domains)
     step = lambda values: np.repeat(values, 2)[:-1]  # a share holds until the next look at the gaps
-    left.stackplot(np.repeat(steps, 2)[1:], *map(step, mean.T), colors=COLORS)
+    left.stackplot(np.repeat(steps, 2)[1:], *map(step, mean.T), colors=[DOMAINS[n] for n in names])
     for y, n in zip(mean[-1].cumsum() - mean[-1] / 2, names):
         left.text(steps[-1] * 0.97, y, n, color="white", ha="right", va="center", fontweight="bold")
-    for i, (n, color) in enumerate(zip(names, COLORS)):
+    for i, n in enumerate(names):
+        color = DOMAINS[n]
         right.plot(np.repeat(steps, 2)[1:], step(mean[:, i]), color=color, linewidth=2)
         ends.append(((steps[-1], mean[-1, i]), n, color))
     floor = 0.5 / len(names)
@@ -228,7 +249,8 @@ def worst(records, names, alphas, title):
     """Left: the widest gap over steps. Right: what more weight on the gaps buys and costs, at the end, on test text."""
     figure, (left, right) = panels(2, title, 3.6, between=1.9, right=0.4)
     ends = []
-    for (row, name), color in zip(names.items(), COLORS):
+    for row, name in names.items():
+        color = color_of(row)
         runs = [[(x["step"], x["worst_gap"]) for x in r["curve"]] for r in records if r["row"] == row]
         ends.append((draw_runs(left, runs, color), name, color))
     log_scale(left, FINE)
@@ -238,10 +260,10 @@ def worst(records, names, alphas, title):
     for row, alpha in alphas.items():
         found = [(r["result"]["after.mean_ce"], r["result"]["after.worst_gap"]) for r in records
                  if r["row"] == row and r["seed"] in shared]
-        right.plot(*zip(*found), "o", color=BLUE, markersize=3, alpha=0.4)
+        right.plot(*zip(*found), "o", color=color_of("ddk"), markersize=3, alpha=0.4)
         line.append(np.mean(found, 0))
-        right.annotate(f"alpha {alpha}", line[-1], (5, 5), textcoords="offset points", color=BLUE)
-    right.plot(*zip(*line), "-o", color=BLUE, linewidth=1.5)
+        right.annotate(f"alpha {alpha}", line[-1], (5, 5), textcoords="offset points", color=color_of("ddk"))
+    right.plot(*zip(*line), "-o", color=color_of("ddk"), linewidth=1.5)
     left.set(title="widest gap of the domains (validation)", xlabel="optimizer steps")
     right.set(title=f"widest gap (test), {len(shared)} seeds", xlabel="mean cross entropy, nats a token")
     return figure
@@ -251,13 +273,13 @@ def sets(records, rows, names, title):
     """The widest gap over steps, one panel for each set of domains, {title: row of DDK}; mixtures as in `names`."""
     figure, axes = panels(len(rows), title, between=0.35, right=0.3, sharey=True)
     for axis, (text, row) in zip(axes, rows.items()):
-        for mix, color in zip(names, COLORS):
+        for mix in names:
             wanted = row if mix == "ddk" else mix if row == "ddk" else f"{row}-{mix}"
             runs = [[(x["step"], x["worst_gap"]) for x in r["curve"]] for r in records if r["row"] == wanted]
-            draw_runs(axis, runs, color)
+            draw_runs(axis, runs, color_of(mix))
         axis.set(title=text, xlabel="optimizer steps", xticks=[0, 300, 600])
-    for i, (name, color) in enumerate(zip(names.values(), COLORS)):
-        axis.text(0.95, 0.9 - 0.1 * i, name, color=color, transform=axis.transAxes, ha="right", fontweight="bold")
+    for i, (mix, name) in enumerate(names.items()):
+        axis.text(0.95, 0.9 - 0.1 * i, name, color=color_of(mix), transform=axis.transAxes, ha="right", fontweight="bold")
     axes[0].set_ylim(1, 20)  # without smoothing it goes far beyond for a while
     log_scale(axes[0], FINE)
     axes[0].set_ylabel("widest gap (validation)")
@@ -270,7 +292,7 @@ def perplexities(records, names, title):
     columns, first = domains(records), next(iter(names))
     value = lambda row, who, n: np.mean([r["result"][f"{who}.ppl_{n}"] for r in records if r["row"] == row])
     bars = [("student before", first, "before", "0.75"), ("teacher", first, "teacher", "0.3")]
-    bars[1:1] = [(name, row, "after", color) for (row, name), color in zip(names.items(), COLORS)]
+    bars[1:1] = [(name, row, "after", color_of(row)) for row, name in names.items()]
     for i, (name, row, who, color) in enumerate(bars):
         axis.bar(np.arange(len(columns)) + 0.15 * (i - 2), [value(row, who, n) for n in columns], 0.15, color=color)
         axis.text(1.01, 0.9 - 0.12 * i, name, color=color, transform=axis.transAxes, fontweight="bold")
@@ -287,17 +309,19 @@ def of_rows(records, row, key):
 
 def written(records, names, title):
     """A panel for each row: the share of each topic among what the LLM wrote (dots: seeds) over its true weight."""
-    from assets.world2 import NAMES, WEIGHTS
+    topics = list(json.loads((ROOT / "data/reviews/grammar.json").read_text())["topics"])
+    weights = np.arange(1, len(topics) + 1) ** -1.6
     figure, axes = panels(len(names), title, 3.6, between=0.3, right=0.3, sharey=True)
-    for axis, (row, name), color in zip(axes, names.items(), COLORS):
+    for axis, (row, name) in zip(axes, names.items()):
+        color = color_of(row)
         counts, garbage = of_rows(records, row, "topics"), of_rows(records, row, "garbage")
         shares = counts / (counts.sum(1) + garbage)[:, None]
         axis.bar(range(20), shares.mean(0), color=color, alpha=0.5)
         axis.plot(np.tile(range(20), (len(shares), 1)), shares, ".", color=color, markersize=3)
-        axis.plot(WEIGHTS, color="0.2", linewidth=1.5)
+        axis.plot(weights / weights.sum(), color="0.2", linewidth=1.5)
         axis.set(title=f"{name}: garbage {(garbage / (counts.sum(1) + garbage)).mean():.2f}", yscale="log",
                  ylim=(3e-4, 1), xlabel="topic, from common to rare")
-        axis.set_xticks([0, 5, 10, 18], [NAMES[i] for i in (0, 5, 10, 18)])
+        axis.set_xticks([0, 5, 10, 18], [topics[i] for i in (0, 5, 10, 18)])
     axes[0].text(4.5, 0.09, "true weights", color="0.2")
     axes[0].set_yticks([.001, .01, .1, 1], ["0.001", "0.01", "0.1", "1"])
     return figure
@@ -307,7 +331,8 @@ def coverage(records, names, title):
     """Left: topics with 10 samples or more while samples are written. Right: the student's accuracy over rarity."""
     figure, (left, right) = panels(2, title, 3.8, between=1.9, right=1.7)
     ends, ends_right = [], []
-    for (row, name), color in zip(names.items(), COLORS):
+    for row, name in names.items():
+        color = color_of(row)
         runs = [[tuple(x) for x in r["written"]["coverage"]] for r in records if r["row"] == row]
         ends.append((draw_runs(left, runs, color), name, color))
         fours = of_rows(records, row, "by_topic").reshape(-1, 5, 4).mean(2)  # four topics a point
@@ -367,13 +392,12 @@ def table(title):
 def frontier(records, starts, title):
     """Wrong answers over entropy: the controls cooled from T = 1 down to .2 (lines), LLMR (dots: seeds and mean)."""
     figure, axes = panels(len(starts), title, 3.6, between=0.8, left=0.8, right=0.7, sharey=True)
-    colors = {"kl": BLUE, "seqkd": GREEN, "llmr": RED}
     for axis, (start, rows) in zip(axes, starts.items()):
         for row, label in rows.items():
-            color, runs = colors[row.split("-")[0]], []
+            color, runs = color_of(row), []
             for seed in sorted({r["seed"] for r in records if r["row"] == row}):
                 found = {r["row"]: r["result"] for r in records if r["seed"] == seed}
-                cooled = [] if color == RED else [f"{row}-t{t}" for t in (7, 5, 3, 2)]
+                cooled = [] if row.startswith("llmr") else [f"{row}-t{t}" for t in (7, 5, 3, 2)]
                 if all(k in found for k in cooled):
                     runs.append([(found[k]["after.entropy"], 1 - found[k]["after.valid_mass"]) for k in [row, *cooled]])
             mean = np.mean(runs, 0)
@@ -404,7 +428,8 @@ def training(records, title):
     for axis, key, label in zip(axes, ("advantage", "valid", "entropy", "mode_distance"), (
             "sum of A_t", "right answers, T = 1", "entropy, nats", "mode distance")):
         ends = []
-        for (row, name), color in zip(names.items(), (RED, BLUE, GREEN)):
+        for row, name in names.items():
+            color = color_of(row)
             where = "train" if key == "advantage" else "curve"
             runs = [[(x["step"], x[key]) for x in r[where]] for r in records
                     if r["row"] == row and where in r and key in r[where][0]]
@@ -417,10 +442,11 @@ def training(records, title):
 
 def excess_error(data, names, title):
     """The ratio, and beside it both things it is made of."""
-    from assets.excess import excess
+    excess = lambda R, leps: 100 * (R - leps) / leps
     figure, axes = panels(3, title)
     ends = {axis: [] for axis in axes}
-    for (row, name), color in zip(names.items(), (BLUE, GREEN, RED)):
+    for row, name in names.items():
+        color = color_of(row)
         runs = list(data["excess"][row].values())
         n = min(len(r["R"]) for r in runs)
         R, leps = (np.array([r[k][:n] for r in runs]) for k in ("R", "leps"))
@@ -459,19 +485,19 @@ def length_histogram(data, names, title):
     """Shares of sampled responses by length, all seeds together, and the mean length."""
     names = {row: name for row, name in names.items() if row in data["lengths"]}
     figure, axes = panels(len(names), title, between=0.35, right=0.2, sharey=True, sharex=True)
-    for axis, (row, name), color in zip(axes, names.items(), ["0.6", *COLORS]):
+    for axis, (row, name) in zip(axes, names.items()):
         total = {}
         for counts in data["lengths"][row].values():
             for n, c in counts.items():
                 total[int(n)] = total.get(int(n), 0) + c
         n, share = np.array(sorted(total)), np.array([total[k] for k in sorted(total)]) / sum(total.values())
-        axis.bar(n, share, 0.9, color=color)
+        axis.bar(n, share, 0.9, color=color_of(row))
         axis.set(title=f"{name}: mean {(n * share).sum():.2f}", xlabel="tokens", xlim=(4, 29))
     axes[0].set_ylabel("share of responses")
     return figure
 
 
-def main(source=HERE / "results.jsonl", folder=HERE):
+def main(source=ROOT / "assets/results.jsonl", folder=ROOT / "assets"):
     try:
         import matplotlib  # noqa: F401
     except ImportError:

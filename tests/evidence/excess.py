@@ -1,8 +1,8 @@
 """Excess error: how much of a student's divergence from the teacher comes from prefixes of its own making.
 
-    python tests/results.py --rows llmr kl-more seqkd-more llmr-mid kl-mid seqkd-mid llmr-mean llmr-lse
-    python -m assets.excess          reads those students in out/results, writes assets/excess.json for figures.py
-    python -m assets.excess TEACHER DATA STUDENT...      prints the same for your own models, on at most 500 test rows
+    python tests/evidence/results.py --rows llmr kl-more seqkd-more llmr-mid kl-mid seqkd-mid llmr-mean llmr-lse
+    python tests/evidence/excess.py      reads those students in out/results, writes assets/excess.json for figures.py
+    python tests/evidence/excess.py TEACHER DATA STUDENT...     prints the same for your own models, on 500 test rows
 
 Arora et al. 2022, "Why Exposure Bias Matters", https://arxiv.org/abs/2204.01171, with teacher samples for the expert.
 d(h) = KL(p(.|h) || q(.|h)) at a prefix h, p the teacher; an average runs over the responses that reach place t:
@@ -20,12 +20,14 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 import torch
 
 import common
 import llmr
 
-HERE = Path(__file__).parent
+FILE = ROOT / "assets/excess.json"
 ROWS = ["kl-more", "seqkd-more", "llmr", "kl-mid", "seqkd-mid", "llmr-mid", "llmr-mean", "llmr-lse"]
 SEEDS, DRAWS, CPU = range(10, 15), 4, torch.device("cpu")
 
@@ -55,7 +57,7 @@ def divergences(student, teacher, examples, batch_size=256):
         q, p = states(batch), teacher_states(theirs)  # (R,H)
         pieces += [common.both_kl(common.head_logits(student, q[rows]), common.head_logits(teacher, p[rows]), None)[0]
                    for rows in common.chunks(len(q), student.vocab, CPU)]
-    return common.by_response(torch.cat(pieces).double(), lengths, int(lengths.max())), lengths
+    return common.pad_responses(torch.cat(pieces).double(), lengths, int(lengths.max())), lengths
 
 
 def analyse(cfg, draws=DRAWS, least=0.05):
@@ -63,11 +65,11 @@ def analyse(cfg, draws=DRAWS, least=0.05):
     student, teacher, tokenizer = common.load_pair(cfg, CPU)
     test = common.load_data(cfg, student, teacher, tokenizer).test
     curves, counts = {}, {}
-    for name, model, side in (("R", student, "student"), ("leps", teacher, "teacher")):
-        drawn = [e for k in range(draws) for e in common.sampled(model, test, tokenizer, cfg, seed=100 + k, side=side)]
+    for name, model, role in (("R", student, "student"), ("leps", teacher, "teacher")):
+        drawn = [e for k in range(draws) for e in common.sampled(model, test, tokenizer, cfg, seed=100 + k, role=role)]
         d, lengths = divergences(student, teacher, drawn)
         enough = int((lengths[:, None] > torch.arange(d.shape[1])).double().mean(0).ge(least).sum())
-        curves[name], counts[side] = accumulated(d, lengths)[:enough].tolist(), Counter(lengths.tolist())
+        curves[name], counts[role] = accumulated(d, lengths)[:enough].tolist(), Counter(lengths.tolist())
     n = min(map(len, curves.values()))
     return {k: [round(x, 4) for x in v[:n]] for k, v in curves.items()}, counts
 
@@ -79,7 +81,7 @@ def rewards(cfg):
     student, teacher, tokenizer = common.load_pair(cfg, CPU)
     prompts = common.load_data(cfg, student, teacher, tokenizer).test
     e = next(e for e in prompts if e.row["prompt"].startswith("recap"))
-    good = common.sampled(teacher, [e], tokenizer, cfg, temperature=0.0, side="teacher")[0]
+    good = common.sampled(teacher, [e], tokenizer, cfg, temperature=0.0, role="teacher")[0]
     names = tokenizer.convert_ids_to_tokens(good.response)
     wrong = tokenizer.convert_tokens_to_ids("paris" if "paris" not in names else "oslo")
     at = next(i for i, x in enumerate(names) if x == "in" or x == "to") + 1  # the place that the miner went to
@@ -89,9 +91,7 @@ def rewards(cfg):
         batch = common.collate([x], teacher, "teacher")
         hidden = common.response_states(teacher)(batch)
         q, v, a = common.row_scalars(lambda p, y: llmr.teacher_values(p, y, "max"), teacher, hidden, batch.targets)
-        n = len(x.response)
-        state_value = torch.cat([v, v.new_zeros(1)])[None]
-        reward = llmr.induced_reward(q[None], state_value, torch.tensor([n]), torch.tensor([True]))[0]
+        reward = llmr.induced_reward(q[None], v[None], torch.tensor([len(x.response)]))[0]
         r4 = lambda t: [round(z, 3) for z in t.tolist()]
         out["responses"].append({"tokens": tokenizer.convert_ids_to_tokens(x.response), "reward": r4(reward),
                                  "advantage": r4(a), "value": r4(v)})
@@ -109,19 +109,19 @@ def main(*own):
                 R, leps = found["R"][i], found["leps"][i]
                 print(f"{student}  l {i + 1:3d}  R {R:8.3f}  l eps {leps:8.3f}  ExAccErr {excess(R, leps):8.1f} %")
         return
-    file = HERE / "excess.json"  # of a row that is not in out/results, what the file has stays
-    out = json.loads(file.read_text()) if file.exists() else {"excess": {}, "lengths": {}}
+    # of a row that is not in out/results, what the file has stays
+    out = json.loads(FILE.read_text()) if FILE.exists() else {"excess": {}, "lengths": {}}
     out["rewards"] = rewards(replace(base, data="tiny:10"))
     for row in ROWS:
         for seed in SEEDS:
-            student = HERE.parent / f"out/results/{row}-{seed}/student"
+            student = ROOT / f"out/results/{row}-{seed}/student"
             if student.exists():
                 found, counts = analyse(replace(base, data=f"tiny:{seed}", student=str(student)))
                 out["excess"].setdefault(row, {})[str(seed)] = found
                 for who, count in ((row, counts["student"]), ("teacher", counts["teacher"])):
                     out["lengths"].setdefault(who, {})[str(seed)] = {str(n): count[n] for n in sorted(count)}
                 print(row, seed, {k: v[-1] for k, v in found.items()}, flush=True)
-                file.write_text(json.dumps(out) + "\n")
+                FILE.write_text(json.dumps(out) + "\n")
 
 
 if __name__ == "__main__":

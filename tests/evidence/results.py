@@ -1,0 +1,615 @@
+"""Every row of the result tables is a command; this runs what is missing and writes assets/results.md.
+
+    python tests/evidence/results.py                    run what is missing (may be stopped and started again)
+    python tests/evidence/results.py --stale            run again, too, what was made by other code than is here
+    python tests/evidence/results.py --rows kd sft --seeds 10       only these
+    python tests/evidence/results.py --print            run nothing: the tables, from the committed records
+    python tests/evidence/results.py --again kd 12      run one row for one seed again and compare with its record
+
+Seed N means: --seed N on world tiny:N, so every seed has its own teacher, labelled rows and student to start from.
+Settings and world were chosen on seeds 0-2; the tables are from seeds 10 and up.
+
+Each record and each student in out/results carries a hash of the code that made it: its command, its script, common.py,
+the program of its world, and the same of the row whose student it starts from. A row that starts from another row's
+student is never run on one that other code has made: that row is run again first.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the fastest for models this small, and the same sums everywhere
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+FILE, PAGE = ROOT / "assets/results.jsonl", ROOT / "assets/results.md"
+SEEDS = range(10, 15)  # rows with 3 seeds use the first three
+MID = "--student out/results/kd-teacher-{seed}/student"
+FEW = ("--data out/worlds/few64-{seed} --teacher out/worlds/answers-{seed}/teacher "
+       "--student out/worlds/answers-{seed}/student")
+LATE = "--student tiny-kl --steps 300 --lr 3e-4"
+SETS = ("mild", "alike", "same")
+WORLDS = {  # out/worlds/NAME-N: how it is made
+    **{name: f"python data/domains/prepare.py out/worlds/{name}-{{seed}} --set {name} --number {{seed}}" for name in SETS},
+    "answers": "python data/answers/prepare.py out/worlds/answers-{seed} --number {seed}",
+    # the last prompts have no label, so that the student has not seen them
+    "few64": "mkdir -p out/worlds/few64-{seed} && cp out/worlds/answers-{seed}/data/*.jsonl out/worlds/few64-{seed} && "
+             "tail -n 64 out/worlds/answers-{seed}/data/train.jsonl > out/worlds/few64-{seed}/train.jsonl",
+}
+
+
+def cooler(row, seeds):
+    """The student of a row, sampled at temperatures below 1: what sharpening alone would give."""
+    start = f"kd_forward.py --student out/results/{row}-{{seed}}/student --steps 0"
+    return {f"{row}-t{i}": (f"{start} --eval-temperature 0.{i}", [], seeds) for i in (2, 3, 5, 7)}
+
+
+TABLES = {  # table: {row: (command, controls that paired differences are taken against, seeds)}
+    "kd": {
+        "sft": ("kd_forward.py --alpha 0", [], 5),
+        "kd": ("kd_forward.py", ["sft", "sft-2x"], 5),
+        "seqkd": ("kd_forward.py --responses teacher --alpha 0", ["sft"], 5),
+        "kd-teacher": ("kd_forward.py --responses teacher", ["seqkd", "seqkd-2x"], 5),
+        "sft-2x": ("kd_forward.py --alpha 0 --steps 1000", [], 5),  # the seconds of kd
+        "seqkd-2x": ("kd_forward.py --responses teacher --alpha 0 --steps 1000", [], 5),  # those of kd-teacher
+        "kd-teacher-2x": ("kd_forward.py --responses teacher --steps 1000 --cache-gib 1", ["seqkd-2x"], 5),  # cached
+        "kd-half": ("kd_forward.py --alpha 0.5", ["kd"], 5),
+        "kd-tau2": ("kd_forward.py --tau 2", ["kd"], 5),
+        "seqkd-greedy": ("-m tests.controls.seqkd_greedy", ["seqkd"], 5),
+    },
+    "llmr": {  # from the KL-distilled start, where little is left to gain
+        "llmr": ("llmr.py", ["kl-more", "seqkd-more", "greedy-more", "kl-more-s", "seqkd-more-s"], 5),
+        "kl-more": (f"kd_forward.py {LATE} --responses teacher", [], 5),
+        "seqkd-more": (f"kd_forward.py {LATE} --responses teacher --alpha 0", ["kl-more"], 5),
+        "greedy-more": (f"-m tests.controls.seqkd_greedy {LATE}", ["seqkd-more"], 5),
+        # the seconds of llmr: 1.27 and 2.87 times as many steps were measured
+        "kl-more-s": ("kd_forward.py --student tiny-kl --responses teacher --steps 400 --lr 3e-4", [], 5),
+        "seqkd-more-s": ("kd_forward.py --student tiny-kl --responses teacher --alpha 0 --steps 900 --lr 3e-4", [], 5),
+        **cooler("kl-more", 5), **cooler("seqkd-more", 5),
+        "llmr-25": ("llmr.py --steps 25", [], 5),
+        "llmr-50": ("llmr.py --steps 50", [], 5),
+        "llmr-100": ("llmr.py --steps 100", [], 5),
+        "llmr-lse": ("llmr.py --value lse", ["llmr"], 3),
+        "llmr-mean": ("llmr.py --value mean", ["llmr"], 3),
+        "llmr-value": ("llmr.py --baseline value", ["llmr"], 3),
+        "llmr-others": ("llmr.py --baseline mean", ["llmr"], 3),
+        "llmr-release": ("-m tests.controls.llmr_release", ["llmr-mean"], 3),
+        "llmr-fine": ("llmr.py --eval-every 20", [], 3),  # llmr again, looked at more often, for a figure
+    },
+    "llmr-mid": {  # from the students of kd-teacher, where there is something to gain
+        "llmr-mid": (f"llmr.py {MID}", ["kl-mid", "seqkd-mid"], 3),
+        "llmr-mid-lr1e-3": (f"llmr.py {MID} --lr 1e-3", ["kl-mid", "seqkd-mid"], 3),
+        "kl-mid": (f"kd_forward.py {MID} --responses teacher --steps 300", [], 3),
+        "seqkd-mid": (f"kd_forward.py {MID} --responses teacher --alpha 0 --steps 300", ["kl-mid"], 3),
+        **cooler("kl-mid", 3), **cooler("seqkd-mid", 3),
+    },
+    "dpkd": {
+        "dpkd": ("dpkd.py --anchor 0.5", ["sft", "seqkd", "kd-teacher", "reverse-kl"], 5),
+        "dpkd-alone": ("dpkd.py", ["seqkd", "reverse-kl", "dpkd"], 5),
+        "reverse-kl": ("-m tests.controls.reverse_kl", ["seqkd"], 5),
+        "frozen-b01": ("dpkd.py --negatives frozen --beta 0.1", ["seqkd"], 5),
+        "online-b01": ("dpkd.py --beta 0.1", ["frozen-b01"], 5),
+        "frozen-b01-anchor": ("dpkd.py --negatives frozen --beta 0.1 --anchor 0.5", ["frozen-b01"], 5),
+        "anchor-alone": ("dpkd.py --preference 0 --anchor 0.5", ["dpkd"], 3),
+        "epoch-b01": ("dpkd.py --negatives epoch --beta 0.1", ["frozen-b01"], 3),
+        "length-norm": ("dpkd.py --length-norm --beta 2 --anchor 0.5", ["dpkd"], 3),
+        "token": ("-m tests.controls.dpkd_token", ["seqkd"], 5),
+        "token-alone": ("-m tests.controls.dpkd_token --anchor 0", ["token"], 3),
+    },
+    "few": {  # 64 prompts: the teacher's texts are few, the student's own are not
+        "few-dpkd": (f"dpkd.py {FEW}", ["few-seqkd", "few-smooth", "few-kl", "few-reverse-kl"], 5),
+        "few-dpkd-anchor": (f"dpkd.py {FEW} --anchor 0.5", ["few-seqkd", "few-smooth", "few-kl"], 5),
+        "few-seqkd": (f"kd_forward.py {FEW} --responses teacher --alpha 0", [], 5),
+        "few-smooth": (f"-m tests.controls.seqkd_smooth {FEW}", ["few-seqkd"], 5),
+        "few-kl": (f"kd_forward.py {FEW} --responses teacher", ["few-seqkd"], 5),
+        "few-reverse-kl": (f"-m tests.controls.reverse_kl {FEW}", ["few-kl"], 5),
+    },
+    "starts": {  # what is missing for every method from either start: supervised (tiny) and KL-distilled (tiny-kl)
+        "llmr-sft": ("llmr.py --student tiny", ["sft", "seqkd"], 5),
+        "reverse-kl-late": (f"-m tests.controls.reverse_kl {LATE}", ["kl-more"], 5),
+        "dpkd-late": (f"dpkd.py {LATE} --anchor 0.5", ["kl-more", "reverse-kl-late"], 5),
+        "sft-late": (f"kd_forward.py {LATE} --alpha 0", ["kl-more"], 5),
+    },
+    "ddk": {  # seed N: teacher and student of the domains world number N, equal tokens
+        "ddk": ("ddk.py", ["natural", "uniform", "static", "no-smoothing"], 5),
+        "natural": ("ddk.py --mix natural", [], 5),
+        "uniform": ("ddk.py --mix uniform", ["natural"], 5),
+        "no-smoothing": ("ddk.py --mix no-smoothing", ["uniform"], 5),
+        "static": ("ddk.py --mix shares:ddk", ["uniform"], 5),  # the mean shares of row ddk
+        "alpha-8": ("ddk.py --alpha 0.8", ["ddk"], 5),
+        "alpha-1": ("ddk.py --alpha 1", ["ddk"], 5),
+        "interval-10": ("ddk.py --interval 10", ["ddk"], 5),
+        "interval-150": ("ddk.py --interval 150", ["ddk"], 5),
+        "ddk-ce": ("ddk.py --gamma 0", ["ddk", "uniform-ce"], 5),
+        "uniform-ce": ("ddk.py --mix uniform --gamma 0", ["uniform"], 5),
+        # from students whose gaps are small and alike already
+        "ddk-late": ("ddk.py --student out/results/uniform-{seed}/student", ["uniform-late"], 5),
+        "uniform-late": ("ddk.py --student out/results/uniform-{seed}/student --mix uniform", [], 5),
+    },
+}
+for name in SETS:  # other sets of domains: small gaps, more alike ones, equal ones
+    on = " ".join(f"--{role} out/worlds/{name}-{{seed}}/{role}" for role in ("data", "teacher", "student"))
+    TABLES[f"ddk-{name}"] = {
+        name: (f"ddk.py {on}", [f"{name}-natural", f"{name}-uniform", f"{name}-no-smoothing"], 5),
+        **{f"{name}-{mix}": (f"ddk.py {on} --mix {mix}", [], 5) for mix in ("natural", "uniform", "no-smoothing")},
+    }
+TABLES["gold"] = {  # reviews, each seed with its own LLM
+    "gold": ("gold.py", ["gold-plain", "gold-ood", "gold-random", "gold-top", "gold-t1", "gold-padded"], 5),
+    "gold-random": ("gold.py --select random", ["gold-ood"], 5),
+    "gold-top": ("gold.py --select top", ["gold-random"], 5),
+    "gold-ood": ("gold.py --select none", ["gold-plain"], 5),
+    "gold-plain": ("gold.py --no-ood", [], 5),
+    "gold-t1": ("gold.py --no-ood --temperature 1 --top-k 0 --top-p 1", ["gold-plain"], 5),
+    "gold-padded": ("-m tests.controls.gold_padded", ["gold-random"], 5),
+    "gold-real": ("-m tests.controls.gold_real", ["gold"], 5),
+    "gold-ce": ("gold.py --alpha 1 --beta 0", ["gold"], 5),
+    "gold-noise": ("-m tests.controls.gold_noise", ["gold-noise-ce"], 5),
+    "gold-noise-ce": ("-m tests.controls.gold_noise --alpha 1 --beta 0", [], 5),
+}
+TABLES["gold-sums"] = {  # stories with equations
+    "sums": ("gold.py --task sums", ["sums-plain", "sums-ood", "sums-random", "sums-top"], 5),
+    "sums-random": ("gold.py --task sums --select random", [], 5),
+    "sums-top": ("gold.py --task sums --select top", [], 5),
+    "sums-ood": ("gold.py --task sums --select none", ["sums-plain"], 5),
+    "sums-plain": ("gold.py --task sums --no-ood", [], 5),
+}
+ROWS = {row: what for table in TABLES.values() for row, what in table.items()}
+MATCHED = {  # table: {row: controls whose curve over T it is held against, at its own entropy and mode distance}
+    "llmr": {row: ["kl-more", "seqkd-more"]
+             for row in ("llmr", "llmr-100", "llmr-50", "llmr-25", "llmr-value", "llmr-others")},
+    "llmr-mid": {row: ["kl-mid", "seqkd-mid"] for row in ("llmr-mid", "llmr-mid-lr1e-3")},
+}
+STARTS = {  # the table of all methods: start, then method: row
+    "start: supervised": {
+        "SFT": "sft", "KD": "kd", "SeqKD": "seqkd", "KD on teacher text": "kd-teacher",
+        "reverse KL on own text": "reverse-kl", "DPKD": "dpkd-alone", "DPKD with anchor": "dpkd",
+        "DPKD, stale negatives": "frozen-b01", "DPKD, released token form": "token", "LLMR": "llmr-sft"},
+    "start: KL-distilled": {
+        "SFT": "sft-late", "KD on teacher text": "kl-more", "SeqKD": "seqkd-more",
+        "reverse KL on own text": "reverse-kl-late", "DPKD with anchor": "dpkd-late", "LLMR": "llmr"},
+}
+ANSWERS = ["kl_pq", "kl_qp", "valid", "valid_greedy", "mode_distance", "entropy"]
+DOMAINS = ["worst_gap", "mean_gap", "mean_ce"]
+REVIEWS = ["accuracy", "accuracy_uniform", "accuracy_tail", "modes", "tail_mass", "garbage", "garbage_fed"]
+FAMILIES = {  # tables that are read together, with their columns: one correction for all differences of a family
+    "answers": (["kd", "llmr", "llmr-mid", "dpkd", "few", "starts"], ANSWERS),
+    "domains": (["ddk", *(f"ddk-{name}" for name in SETS)], DOMAINS),
+    "reviews": (["gold", "gold-sums"], REVIEWS),
+}
+FAMILY = {table: family for family, (tables, _) in FAMILIES.items() for table in tables}
+COMPARED = [*ANSWERS, "valid_mass", "rouge_l", "ce", *DOMAINS, *REVIEWS]
+CURVE = ["kl_pq", "kl_qp", "valid", "mode_distance", "entropy", "fresh_margin", "fresh_nll_t", "fresh_nll_s"]
+TRAIN = ["margin", "nll_t", "nll_s", "advantage", "length"]  # of training batches, where the method logs them
+T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t, two-sided
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands and the code behind them
+# ---------------------------------------------------------------------------------------------------------------
+def parents(row):
+    """The rows whose student or whose shares a row reads."""
+    return [a or b for a, b in re.findall(r"out/results/([\w-]+)-\{seed\}/|shares:([\w-]+)", ROWS[row][0])]
+
+
+def worlds(row):
+    found = list(dict.fromkeys(re.findall(r"out/worlds/(\w+)-\{seed\}", ROWS[row][0])))
+    return sorted(found, key=list(WORLDS).index)  # answers before few64, which is cut from it
+
+
+def script_of(row):
+    words = ROWS[row][0].split()
+    return words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
+
+
+def sources(row):
+    """The files that decide what a row's numbers are, beside the libraries."""
+    script = script_of(row)
+    world = "domains" if script == "ddk.py" else "reviews" if "gold" in script else "answers"
+    table_of_tasks = [ROOT / "data/tasks.json"] if world == "reviews" else []
+    return [ROOT / script, ROOT / "common.py", *programs(world), *table_of_tasks]
+
+
+def programs(world):
+    return sorted(f for f in (ROOT / "data" / world).iterdir() if f.suffix in (".py", ".json"))
+
+
+@cache
+def code(row):
+    """A hash of a row's command, of the files behind it, and of the same of its parents."""
+    return digest(ROWS[row][0], *(f.read_bytes() for f in sources(row)), *map(code, parents(row)))
+
+
+def digest(*parts):
+    return hashlib.sha1(b"\0".join(p.encode() if isinstance(p, str) else p for p in parts)).hexdigest()[:12]
+
+
+def command(row, seed, shares=None):
+    """The words behind `python`. `shares`: what stands for shares:ROW."""
+    text = ROWS[row][0].replace("{seed}", str(seed))
+    text = re.sub(r"shares:[\w-]+", lambda m: shares or m[0], text)
+    text += "" if "--data" in text else f" --data tiny:{seed}"
+    return f"{text} --seed {seed} --out out/results/{row}-{seed}"
+
+
+def shares_of(result):
+    """The mean shares of a run of ddk.py as a --mix."""
+    shares = {k.removeprefix("after.share_"): v for k, v in result.items() if k.startswith("after.share_")}
+    return ",".join(f"{name}={share:.4f}" for name, share in shares.items())
+
+
+def made_by(folder):
+    file = folder / "code.json"
+    return json.loads(file.read_text())["code"] if file.exists() else None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------------------
+def load():
+    lines = FILE.read_text().splitlines() if FILE.exists() else []
+    return {(r["row"], r["seed"]): r for r in map(json.loads, lines)}
+
+
+def save(records):
+    part = FILE.with_suffix(".tmp")
+    part.write_text("".join(json.dumps(r) + "\n" for r in records.values()))
+    os.replace(part, FILE)
+
+
+def make_world(name, seed):
+    """out/worlds/NAME-N, unless the program that is here has made it already."""
+    folder = ROOT / f"out/worlds/{name}-{seed}"
+    now = digest(WORLDS[name], *(f.read_bytes() for f in programs("domains" if name in SETS else "answers")))
+    if made_by(folder) == now:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    made = WORLDS[name].replace("{seed}", str(seed))
+    print(made, flush=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `python` is this one
+    subprocess.run(made, shell=True, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PATH": path})
+    (folder / "code.json").write_text(json.dumps({"code": now}))
+
+
+def run(row, seed, records, keep=True):
+    """Run a row for a seed, and before it what it starts from. -> its record, put into `records` and FILE if `keep`."""
+    for parent in parents(row):
+        if made_by(ROOT / f"out/results/{parent}-{seed}") != code(parent):
+            print(f"{row} starts from {parent}-{seed}, which is not there or was made by other code: it is run first")
+            run(parent, seed, records)
+    for world in worlds(row):
+        make_world(world, seed)
+    out = ROOT / f"out/results/{row}-{seed}"
+    shares = [shares_of(json.loads((ROOT / f"out/results/{p}-{seed}/result.json").read_text())) for p in parents(row)]
+    words = command(row, seed, *shares[:1])
+    print(f"python {words}", flush=True)
+    subprocess.run([sys.executable, *words.split(), "--overwrite"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    origin = {"code": code(row), "parents": {p: code(p) for p in parents(row)}}
+    (out / "code.json").write_text(json.dumps(origin))
+    found = {**record(row, seed, words, out), **origin}
+    if keep:
+        records[row, seed] = found
+        save(records)
+    return found
+
+
+def record(row, seed, words, out):
+    """What is kept of a run: its command, the code's commit and versions, curves, and the script's own result.json."""
+    import torch
+    import transformers
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    start = lambda x: {"step": x["step"], "seconds": x["seconds"]}
+    pick = lambda v, keys: {k: round(v[k], 4) for k in keys if k in v}
+    domains = lambda v: [k for k in v if k.startswith(("gap_", "share_"))] + DOMAINS
+    curve = [{**start(x), **pick(x["valid"], CURVE + domains(x["valid"]))} for x in log if "valid" in x]
+    train = [{**start(x), **pick(x, TRAIN)} for x in log if any(k in x for k in TRAIN)]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {"row": row, "seed": seed, "command": f"python {words}", "commit": commit.stdout.strip(),
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(), **({} if "--steps 0" in words else by_length(out)), "curve": curve,
+            **({"train": train} if train else {}), "result": json.loads((out / "result.json").read_text())}
+
+
+def by_length(out):
+    """`valid` and ROUGE-L (T = 1) of a run's student on test rows, apart for short, middle and long gold responses;
+    nothing where the data are running text."""
+    import torch
+
+    import common
+    import kd_forward
+    settings = json.loads((out / "settings.json").read_text())
+    if "max_response" not in settings:
+        return {}
+    if settings["script"].startswith("gold"):
+        return {"written": written(out, settings)}
+    cfg = kd_forward.Config(data=settings["data"], teacher="none", student=str(out / "student"), device="cpu")
+    student, _, tokenizer = common.load_pair(cfg, torch.device("cpu"))
+    test = sorted(common.load_data(cfg, student, None, tokenizer).test, key=lambda e: len(e.response))
+    found, n = [], len(test)
+    for part in (test[:n // 3], test[n // 3:2 * n // 3], test[2 * n // 3:]):
+        m = common.make_evaluator(cfg, None, tokenizer, part)(student)
+        found.append({"tokens": round(sum(len(e.response) for e in part) / len(part), 1),
+                      "valid": round(m["valid"], 4), "rouge_l": round(m["rouge_l"], 4)})
+    return {"by_length": found}
+
+
+def written(out, settings):
+    """What GOLD's LLM wrote, by topic, and the student's accuracy by topic. Ranks of energy inside a round, since
+    energies drift: of V_t, how many samples of common topics, of rare ones, and of garbage are the 1st, 2nd .. b-th."""
+    import torch
+
+    import common
+    import gold
+    task = common.load_task(settings["task"])
+    known = {k: v for k, v in settings.items() if k in gold.Config.__dataclass_fields__}
+    cfg = gold.Config(**{**known, "teacher": "none", "student": str(out / "student"), "device": "cpu", "dtype": "float32"})
+    student, _, tokenizer = common.load_pair(cfg, torch.device("cpu"), same_tokens=False, world=task["world"])
+    encode = common.row_encoder(cfg, student, None, tokenizer)
+    test = [encode(r) for r in common.load_rows(cfg, task["world"], common.sample_reader(task))["test"]]
+    answers = common.sampled(student, test, tokenizer, cfg, 0.0)
+    texts = [tokenizer.decode(e.response, skip_special_tokens=True) for e in answers]
+    right = [common.score(task, t, e.row) for t, e in zip(texts, test)]
+    topics = {t["topic"]: t["tail"] for t in common.load_topics(cfg, task["world"])}  # from common to rare
+    samples = [json.loads(x) for x in (out / "samples.jsonl").read_text().splitlines()]
+    ranks = [[0] * settings.get("round_size", 0) for _ in range(3)]  # common, rare, garbage
+    for r in {s["round"] for s in samples if "energy" in s}:
+        strange = sorted((s for s in samples if s["round"] == r and "energy" in s), key=lambda s: s["energy"])
+        for i, s in enumerate(strange):
+            ranks[int(topics[s["topic"]]) if s["topic"] else 2][i] += 1
+    seen, coverage = [], []  # topics with 10 samples or more, after every 160 samples
+    for i, s in enumerate(samples, 1):
+        seen.append(s["topic"])
+        if i % 160 == 0 or i == len(samples):
+            coverage.append([i, sum(seen.count(t) >= 10 for t in topics)])
+    by_topic = [[s for s, e in zip(right, test) if e.row["topic"] == t] for t in topics]
+    return {"topics": [seen.count(t) for t in topics], "garbage": seen.count(None), "ranks": ranks, "coverage": coverage,
+            "by_topic": [round(sum(x) / len(x), 4) for x in by_topic]}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Statistics
+# ---------------------------------------------------------------------------------------------------------------
+def mean_sd(values):
+    m = sum(values) / len(values)
+    return m, math.sqrt(sum((v - m) ** 2 for v in values) / max(1, len(values) - 1))
+
+
+def p_value(differences):
+    """Two-sided p of a mean of 0, by Student's t; its distribution for whole degrees of freedom is a finite sum."""
+    n = len(differences) - 1
+    m, sd = mean_sd(differences)
+    if sd < 1e-12:
+        return 1.0 if abs(m) < 1e-12 else 0.0
+    theta = math.atan(abs(m) / (sd / math.sqrt(n + 1)) / math.sqrt(n))
+    cos2 = math.cos(theta) ** 2
+    if n % 2:  # Abramowitz and Stegun 26.7.3
+        term, total = math.sin(theta) * math.cos(theta), 0.0
+        for k in range(1, n // 2 + 1):
+            total += term
+            term *= cos2 * 2 * k / (2 * k + 1)
+        return 1 - 2 / math.pi * (theta + total)
+    term, total = math.sin(theta), 0.0  # 26.7.4
+    for k in range(1, n // 2 + 1):
+        total += term
+        term *= cos2 * (2 * k - 1) / (2 * k)
+    return 1 - total
+
+
+def threshold(ps, rate=0.05):
+    """Benjamini and Hochberg 1995: the largest p of which at most a share `rate` of what is not above it is false."""
+    ps = sorted(ps)
+    return max((p for i, p in enumerate(ps, 1) if p <= rate * i / len(ps)), default=-1.0)
+
+
+def interval(values, star=-1.0):
+    """Mean difference with its 95 % interval; * where its p is not above `star`. Empty if a value is not there."""
+    if len(values) < 2 or any(v != v for v in values):
+        return ""
+    m, sd = mean_sd(values)
+    half = T95.get(len(values) - 1, 2.0) * sd / math.sqrt(len(values))
+    return f"{m:+.3f} [{m - half:+.3f}, {m + half:+.3f}]" + ("*" if p_value(values) <= star else "")
+
+
+def value(records, row, seed, key):
+    return records[row, seed]["result"].get(key, math.nan) if (row, seed) in records else math.nan
+
+
+def seeds_of(records, row):
+    return [s for s in SEEDS if (row, s) in records]
+
+
+def paired(records, table):
+    """[(row, control, seeds, {column: differences})] of a table."""
+    out = []
+    for row, (_, controls, _) in TABLES[table].items():
+        for control in controls:
+            both = [s for s in seeds_of(records, row) if (control, s) in records]
+            if len(both) > 1:
+                difference = lambda k: [value(records, row, s, k) - value(records, control, s, k) for s in both]
+                columns = FAMILIES[FAMILY[table]][1]
+                out.append((row, control, both, {k: difference(f"after.{k}") for k in columns}))
+    return out
+
+
+def matched(records, table):
+    """[(row, control, seeds, {(by, key): differences})]: against the control cooled until it is as sharp as the row."""
+    out = []
+    for row, controls in MATCHED.get(table, {}).items():
+        for control in controls:
+            cells = {(by, key): [d for s in SEEDS if (d := at_match(records, row, control, by, key, s)) is not None]
+                     for by in ("entropy", "mode_distance") for key in ("valid", "valid_mass")}
+            if len(next(iter(cells.values()))) > 1:
+                out.append((row, control, len(next(iter(cells.values()))), cells))
+    return out
+
+
+def at_match(records, row, control, by, key, seed):
+    """`key` of the row less that of its control, cooled until both have the same `by`: piecewise linear between the
+    measured temperatures 1, .7, .5, .3, .2; beyond the last, the last. None where a record is missing."""
+    curve = [(r, seed) for r in (control, *cooler(control, 0))]
+    if (row, seed) not in records or any(r not in records for r in curve):
+        return None
+    at = lambda r, k: value(records, *r, f"after.{k}")
+    points = sorted((at(r, by), at(r, key)) for r in curve)
+    x = min(max(at((row, seed), by), points[0][0]), points[-1][0])
+    (x0, y0), (x1, y1) = next((a, b) for a, b in zip(points, points[1:]) if a[0] <= x <= b[0])
+    return at((row, seed), key) - (y0 + (y1 - y0) * (x - x0) / (x1 - x0))
+
+
+def star(records, table):
+    """Up to which p a difference counts, among all those of the tables that are read together with this one."""
+    ps = [p_value(d) for t in FAMILIES[FAMILY[table]][0] for _, _, _, cells in paired(records, t) + matched(records, t)
+          for d in cells.values() if len(d) > 1 and all(v == v for v in d)]
+    return threshold(ps)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tables in Markdown
+# ---------------------------------------------------------------------------------------------------------------
+def shown_command(records, row):
+    """Whole where another row reads its student, or it reads another's: as it is, with N for the seed. Of a mixture
+    that was read from another row, that of the first seed."""
+    linked = parents(row) or any(row in parents(r) for r in ROWS)
+    if not linked:
+        return f"python {ROWS[row][0].replace('{seed}', 'N')}"
+    if "shares:" in ROWS[row][0]:
+        seed, parent = next(((s, p) for p in parents(row) for s in SEEDS if (p, s) in records), (None, None))
+        return "" if seed is None else f"python {command(row, seed, shares_of(records[parent, seed]['result']))}"
+    return f"python {command(row, 'N')}"
+
+
+def table(records, name):
+    """Means and standard deviations of the rows, paired differences from their controls, matched ones."""
+    rows, columns, mark = TABLES[name], FAMILIES[FAMILY[name]][1], star(records, name)
+    present = [row for row in rows if seeds_of(records, row)]
+    if not present:
+        return "No row of this table has been run."
+    here = [records[row, s] for row in present for s in seeds_of(records, row)]
+    columns = [k for k in columns if any(f"after.{k}" in r["result"] for r in here)]
+
+    def show(row, which):
+        cells = [[value(records, row, s, f"{which}.{k}") for s in seeds_of(records, row)] for k in columns]
+        return ["{:.3f} ± {:.3f}".format(*mean_sd(v)) if all(x == x for x in v) else "" for v in cells]
+
+    lines = [f"| row | command | seeds | {' | '.join([*columns, 'seconds', 'GiB'])} |", "|" + "---|" * (len(columns) + 5)]
+    for which, title in (("teacher", "teacher"), ("before", "student, start")):
+        lines.append(f"| {title} | | {len(seeds_of(records, present[0]))} | {' | '.join([*show(present[0], which), '', ''])} |")
+    for row in present:
+        of = [records[row, s]["result"] for s in seeds_of(records, row)]
+        cost = [f"{min(r['seconds'] for r in of):.0f}", f"{mean_sd([r['peak_gib'] for r in of])[0]:.2f}"]
+        lines.append(f"| {row} | `{shown_command(records, row)}` | {len(of)} | {' | '.join(show(row, 'after') + cost)} |")
+    made = sorted({f"{key} {r[key]}" for r in here for key in ("python", "torch", "transformers")})
+    made += sorted({f"{r['threads']} threads" for r in here if "threads" in r})
+    commits = sorted({r["commit"] for r in here})
+    lines += ["", "N is the seed. A command without --seed also gets `--seed N`, and `--data tiny:N` if it names no data. "
+              f"Seconds: the least of the seeds. {', '.join(made)}; commits {', '.join(commits)}."]
+    for world in dict.fromkeys(w for row in present for w in worlds(row)):
+        lines.append(f"Made before: `{WORLDS[world].replace('{seed}', 'N')}`.")
+    if old := sum(r.get("code") != code(r["row"]) for r in here):
+        lines.append(f"{old} of these {len(here)} runs were made by other code than is here now.")
+    differences = paired(records, name)
+    if differences:
+        family = ", ".join(FAMILIES[FAMILY[name]][0])
+        lines += ["", "Paired differences, with 95 % intervals (Student's t over seeds). *: survives at a false discovery "
+                  f"rate of 5 % among all differences of the tables {family} (Benjamini and Hochberg).", "",
+                  f"| row - control | seeds | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 2)]
+        for row, control, both, cells in differences:
+            lines.append(f"| {row} - {control} | {len(both)} | {' | '.join(interval(cells[k], mark) for k in columns)} |")
+    cooled = matched(records, name)
+    if cooled:
+        titles = [f"{key}, same {by}" for by, key in cooled[0][3]]
+        lines += ["", "Against the control sampled at the T < 1 that gives it the row's own entropy, or its own mode "
+                  "distance (where no T >= .2 does: at .2):", "",
+                  f"| row - control | seeds | {' | '.join(titles)} |", "|" + "---|" * 6]
+        for row, control, n, cells in cooled:
+            lines.append(f"| {row} - {control} | {n} | {' | '.join(interval(c, mark) for c in cells.values())} |")
+    return "\n".join(lines)
+
+
+def summary(records):
+    """All methods with one evaluation, from the two starts, on the seeds that all of these rows have."""
+    keys = ("valid", "valid_greedy", "kl_pq", "kl_qp", "mode_distance")
+    lines = ["| method | command | right (`valid`) | greedy | `kl_pq` | `kl_qp` | `mode_distance` | seconds |", "|" + "---|" * 8]
+
+    def cells(which, row, seeds):
+        found = [[value(records, row, s, f"{which}.{k}") for s in seeds] for k in keys]
+        digits = [2 if k.startswith("kl") else 3 for k in keys]
+        return [f"{mean_sd(v)[0]:.{d}f}" if all(x == x for x in v) else "" for v, d in zip(found, digits)]
+
+    for title, methods in STARTS.items():
+        rows = [r for r in methods.values() if seeds_of(records, r)]
+        seeds = [s for s in SEEDS if all((r, s) in records for r in rows)]
+        if not rows or not seeds:
+            continue
+        for which, name in (("teacher", "teacher"), ("before", f"**{title}**, seeds {seeds[0]} to {seeds[-1]}")):
+            if which == "before" or title == next(iter(STARTS)):
+                lines.append(f"| {name} | | {' | '.join([*cells(which, rows[0], seeds), ''])} |")
+        for name, row in methods.items():
+            if row in rows:
+                took = min(records[row, s]["result"]["seconds"] for s in seeds)
+                lines.append(f"| {name} | `{ROWS[row][0]}` | {' | '.join([*cells('after', row, seeds), f'{took:.0f}'])} |")
+    return "\n".join(lines)
+
+
+def tables(records):
+    return {"summary": summary(records)} | {name: table(records, name) for name in TABLES}
+
+
+def with_tables(text, records):
+    """A page with the tables between its marks made anew from the records."""
+    for name, new in tables(records).items():
+        marks = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(marks, lambda m, new=new: f"{m[1]}{new}\n{m[2]}", text, flags=re.S)
+    return text
+
+
+def page(records):
+    """assets/results.md: as it is but for its tables, or where there is none a page of nothing but tables."""
+    if PAGE.exists():
+        return with_tables(PAGE.read_text(), records)
+    marks = "".join(f"\n## {name}\n\n<!-- table {name} -->\n<!-- end -->\n" for name in ("summary", *TABLES))
+    return with_tables("# Results\n" + marks, records)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--print", action="store_true", dest="only_print")
+    parser.add_argument("--stale", action="store_true")
+    parser.add_argument("--again", nargs=2, metavar=("ROW", "SEED"))
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS), metavar="SEED")
+    args = parser.parse_args()
+    records = load()
+    if args.again:
+        row, seed = args.again[0], int(args.again[1])
+        old = records[row, seed]["result"]
+        of = lambda k: [value(records, row, s, f"after.{k}") for s in seeds_of(records, row)]
+        spread = {k: mean_sd(of(k))[1] for k in COMPARED}
+        new = run(row, seed, records, keep=False)["result"]
+        for k in [k for k in COMPARED if f"after.{k}" in old and f"after.{k}" in new]:
+            a, b = old[f"after.{k}"], new[f"after.{k}"]
+            same = "same" if abs(a - b) <= 1e-6 else f"{abs(a - b) / max(spread[k], 1e-9):.2f} sd away"
+            print(f"{k:<15}{a:10.4f} before {b:10.4f} now   {same}")
+        return
+    if not args.only_print:
+        for i, seed in enumerate(SEEDS):
+            for row in args.rows:
+                there = (row, seed) in records and not (args.stale and records[row, seed].get("code") != code(row))
+                if not there and i < ROWS[row][2] and seed in args.seeds:
+                    run(row, seed, records)
+    old = sum(r.get("code") != code(r["row"]) for r in records.values() if r["row"] in ROWS)
+    PAGE.write_text(page(records))
+    readme = ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text(), records))
+    print(f"{PAGE.relative_to(ROOT)} and README.md: tables from {len(records)} records, "
+          f"{old} of them made by other code than is here (--stale runs them again)")
+
+
+if __name__ == "__main__":
+    main()
