@@ -962,12 +962,15 @@ def documents(source, cfg):
 def files_of(source):
     """The files behind a path or a pattern such as src/**/*.py; None if it is neither."""
     path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir() and not any((path / f).is_file() for f in ("dataset_info.json", "dataset_dict.json")):
-        return [p for p in sorted(path.rglob("*")) if p.is_file()]
-    if glob.has_magic(source):
-        return [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+    try:
+        if path.is_file():
+            return [path]
+        if path.is_dir() and not any((path / f).is_file() for f in ("dataset_info.json", "dataset_dict.json")):
+            return [p for p in sorted(path.rglob("*")) if p.is_file()]
+        if glob.has_magic(source):
+            return [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+    except OSError as e:  # a folder with something that may not be looked at
+        raise BadInput(f"{source}: {e.filename} cannot be read ({e.strerror})") from None
     return None
 
 
