@@ -8,6 +8,10 @@ logits for every position, masked afterwards. It is written plainly below and st
 they are installed (pip install trl liger-kernel accelerate): the loss functions of TRL's GKDTrainer (trl_gkd) and
 DistillationTrainer (trl_chunked) and of Liger-Kernel (liger), called on the same batch without their trainers around
 them, which can only help them.
+
+`of the floor` is the share of our time that the matrix products of the work take when they are done again alone, each
+with operands of the same shape, layout and dtype, plus the optimizer's weights, gradients and moments read and written
+once at the speed of a copy. No implementation of the same mathematics goes below it: what is missing to 1 is overhead.
 """
 import argparse
 import gc
@@ -31,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
@@ -143,13 +148,61 @@ def take_turns(contenders, rounds, repeat):
     return times
 
 
-def row(rows, work, baseline, times, note=""):
+class Products(TorchDispatchMode):
+    """Notes every matrix product (attention's too) with the shapes, strides and dtypes of its operands."""
+    NAMES = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu",
+             "_scaled_dot_product_flash_attention_for_cpu_backward", "_scaled_dot_product_flash_attention",
+             "_scaled_dot_product_efficient_attention")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in self.NAMES:
+            shape = lambda x: (tuple(x.shape), x.stride(), x.dtype) if torch.is_tensor(x) else x
+            key = function, tuple(map(shape, args)), tuple((k, shape(v)) for k, v in (kwargs or {}).items())
+            self.seen[key] = self.seen.get(key, 0) + 1
+        return out
+
+
+def floor(call, parameters=0):
+    """Seconds that the matrix products of call() take alone, plus the optimizer's traffic for so many parameters."""
+    def operand(x):
+        if not (isinstance(x, tuple) and len(x) == 3 and isinstance(x[2], torch.dtype)):
+            return x
+        shape, stride, dtype = x
+        room = 1 + sum((n - 1) * step for n, step in zip(shape, stride))
+        return torch.randn(room, device=DEVICE).to(dtype).as_strided(shape, stride)
+
+    with Products() as products:
+        call()
+    total = 0.0
+    with torch.no_grad():
+        for (function, args, kwargs), times in products.seen.items():
+            made, named = [operand(x) for x in args], {k: operand(v) for k, v in kwargs}
+            total += times * min(clock(lambda f=function, a=made, k=named: f(*a, **k)) for _ in range(5))
+        if parameters:  # read weight, gradient and two moments, write all but the gradient: 7 passes; a copy makes 2
+            a, b = torch.zeros(parameters, device=DEVICE), torch.zeros(parameters, device=DEVICE)
+            total += 3.5 * min(clock(lambda: b.copy_(a)) for _ in range(5))
+    return total
+
+
+def size(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def row(rows, work, baseline, times, note="", floor=None):
     ours, theirs = times["ours"], times[baseline]
     ratios = sorted(b / a for a, b in zip(ours, theirs))
     rows.append({"work": work, "contender": "ours", "baseline": baseline, "ratio": round(statistics.median(ratios), 3),
                  "lowest": round(ratios[0], 3), "highest": round(ratios[-1], 3),
                  "ours_ms": round(1000 * statistics.median(ours), 2), "baseline_ms": round(1000 * statistics.median(theirs), 2)})
     r = rows[-1]
+    if floor:
+        r["of_floor"] = round(floor / statistics.median(ours), 3)
+        note += f" {100 * r['of_floor']:.0f} % of our time is the floor"
     print(f"{work:<22} against {baseline:<10} {r['ratio']:6.2f}x  ({r['lowest']:.2f} to {r['highest']:.2f})   "
           f"{r['ours_ms']:9.1f} ms against {r['baseline_ms']:9.1f} ms {note}", flush=True)
 
@@ -185,10 +238,10 @@ def bench_kd_step(rows, rounds, vocab, dtype, name, rivals):
         assert side in rivals, f"{name}: losses differ, {first}"
         print(f"{name}: {side} computes something else, so no time is printed: {first[side]} against {first['ours']}")
         del steps[side]
-    times = take_turns(steps, rounds, 3)
+    times, least = take_turns(steps, rounds, 3), floor(steps["ours"], size(sides["ours"]))
     for side in steps:
         if side != "ours":
-            row(rows, name, side, times)
+            row(rows, name, side, times, floor=least)
 
     def forward_backward(side):
         losses[side]().backward()
@@ -211,7 +264,8 @@ def bench_kd_step(rows, rounds, vocab, dtype, name, rivals):
                 p = teacher.lm_head(teacher_full)[:, :-1].float()
         logp, logq = F.log_softmax(p, -1), F.log_softmax(q, -1)
         ((logp.exp() * (logp - logq)).sum(-1) * mask[:, 1:]).sum().backward()
-    row(rows, name.replace("step", "head"), "textbook", take_turns({"ours": head_ours, "textbook": head_textbook}, rounds, 3))
+    heads = {"ours": head_ours, "textbook": head_textbook}
+    row(rows, name.replace("step", "head"), "textbook", take_turns(heads, rounds, 3), floor=floor(head_ours))
 
 
 def bench_sample(rows, rounds):
@@ -229,7 +283,7 @@ def bench_sample(rows, rounds):
     row(rows, "sample_b64", "generate", take_turns({
         "ours": lambda: common.sample(m, prompts, 64, eos=0),
         "generate": lambda: m.generate(ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, **kw)}, rounds, 1),
-        note="(no row ends early)")
+        note="(no row ends early)", floor=floor(lambda: common.sample(m, prompts, 64, eos=0)))
     with torch.no_grad():  # an end of sequence with probability about 1/30 a token: lengths vary as real ones do
         bias = torch.zeros(4000, device=DEVICE)
         bias[0] = math.log(4000 / 30)
@@ -239,7 +293,7 @@ def bench_sample(rows, rounds):
     row(rows, "sample_b64_ragged", "generate", take_turns({
         "ours": lambda: common.sample(m, prompts, 64, eos=0),
         "generate": lambda: m.generate(ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, **kw)}, rounds, 1),
-        note="(ends about every 30 tokens)")
+        note="(ends about every 30 tokens)", floor=floor(lambda: common.sample(m, prompts, 64, eos=0)))
 
 
 def bench_llmr(rows, rounds, vocab=32_000, dtype=torch.float32):
@@ -321,7 +375,7 @@ def bench_llmr(rows, rounds, vocab=32_000, dtype=torch.float32):
         sides[name], found[name] = step, [x for _ in range(5) for x in step(responses=fixed)]
     for a, b in zip(found["ours"], found["official_way"]):
         assert math.isclose(a, b, rel_tol=1e-4 if dtype == torch.float32 else 2e-2), f"llmr_update: losses or norms differ, {found}"
-    row(rows, "llmr_update", "official_way", take_turns(sides, rounds, 1))
+    row(rows, "llmr_update", "official_way", take_turns(sides, rounds, 1), floor=floor(sides["ours"], size(student)))
     shares = []
     for seed in range(rounds):
         marks.clear()
@@ -404,7 +458,7 @@ def bench_dpkd(rows, rounds, vocab=32_000, dtype=torch.float32):
         steps[name], found[name] = step, [x for _ in range(5) for x in step()]
     for a, b in zip(found["ours"], found["textbook"]):
         assert math.isclose(a, b, rel_tol=1e-4), f"dpkd_step: losses or norms differ, {found}"
-    row(rows, "dpkd_step", "textbook", take_turns(steps, rounds, 2))
+    row(rows, "dpkd_step", "textbook", take_turns(steps, rounds, 2), floor=floor(steps["ours"], size(student)))
 
 
 def bench_gold(rows, rounds):
@@ -521,11 +575,12 @@ SCRIPTS = ("kd_forward", "llmr", "dpkd", "gold", "ddk")
 def table(found):
     """The text between the marks, made from a --json file."""
     lines = [f"{found['machine']}, {found['threads']} threads, transformers {found['transformers']}, commit {found['commit']}:", "",
-             "| work | against | ratio (lowest to highest) | ours | theirs |", "|---|---|---|---|---|"]
+             "| work | against | ratio (lowest to highest) | ours | theirs | of the floor |", "|---|---|---|---|---|---|"]
     for r in sorted((r for r in found["rows"] if r["work"] in WORKS), key=lambda r: list(WORKS).index(r["work"])):
         spread = f" ({r['lowest']:.2f} to {r['highest']:.2f})" if "lowest" in r else ""
         ours, theirs = ((f"{r[k]:.0f} ms" if (k := f"{side}_ms") in r else f"{r[f'{side}_gib']:.2f} GiB") for side in ("ours", "baseline"))
-        lines.append(f"| {WORKS[r['work']]} | {RIVALS[r['baseline']]} | {r['ratio']:.2f}{spread} | {ours} | {theirs} |")
+        share = f"{100 * r['of_floor']:.0f} %" if "of_floor" in r else ""
+        lines.append(f"| {WORKS[r['work']]} | {RIVALS[r['baseline']]} | {r['ratio']:.2f}{spread} | {ours} | {theirs} | {share} |")
     took = {r["work"]: r["seconds"] for r in found["rows"] if "seconds" in r}
     if took:
         lines += ["", "Start to end, defaults, tiny worlds built before: " +
