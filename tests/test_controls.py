@@ -600,7 +600,7 @@ def test_gold_noise_trains_on_the_noisy_labels_and_keeps_the_written_ones(gold_c
     cfg = gold_config(gold_noise, noise=1.0)
     gold_noise.train(cfg)
     written = [json.loads(x)["label"] for x in open(f"{cfg.out}/samples.jsonl")]
-    trained = [e.row["response"] for e in seen[0]]
+    trained = [e.row["response"] for e in seen[-1]]
     assert len(written) == len(trained) == 48 and all(a != b for a, b in zip(written, trained))
 
 
@@ -611,7 +611,7 @@ def test_gold_real_trains_on_the_rows_of_the_training_split(gold_config, monkeyp
     cfg = gold_config(gold_real, budget=70)
     result = gold_real.train(cfg)
     rows = [json.loads(x) for x in open(f"{cfg.data}/train.jsonl")]
-    assert len(rows) == 60 and [e.row["sample"]["text"] for e in seen[0]] == [r["text"] for r in rows + rows[:10]]
+    assert len(rows) == 60 and [e.row["sample"]["text"] for e in seen[-1]] == [r["text"] for r in rows + rows[:10]]
     assert result["after.garbage"] == 0 and result["after.label_errors"] == 0 and "teacher.accuracy" not in result
 
 
