@@ -1,15 +1,17 @@
-"""What the five method files share, and nothing of any method: settings and runs, models, data, the output head,
-the sampler, the evaluation.
+"""What the five method files share, and nothing of any method: settings and runs, models, data, the output
+head, the sampler, the evaluation.
 
     python common.py compare out/a out/b    in which settings and metrics runs differ, and their curves
 
-This file is for looking things up. Whoever wants to read it begins with `Batch` and `collate` (how text becomes
-tensors), `response_states` and `rowwise_loss` (how a loss over a large vocabulary fits into memory), `sample`, and
-`make_evaluator`.
+This file is for looking things up, in this order: settings, processes, a run, models, rows, examples,
+running text, batches, head and loss, sampling, evaluation, GOLD's tasks, tiny worlds, comparing runs. To
+read it, begin with `Batch` and `collate` (how text becomes tensors), `response_states` and `rowwise_loss`
+(how a loss over a large vocabulary fits into memory), `sample`, and `make_evaluator`.
 
-p is always the teacher, q always the student. Sizes: B batch, T tokens, V vocabulary, H hidden, and R, the number
-of response tokens in a whole batch. Tensors with R rows hold one row for each response token, one response after
-the other. There is no padding among these rows, so none can leak into a loss.
+p is always the teacher, q always the student. Sizes: B responses, T tokens of prompt and response, P of a
+prompt, N of a response, V vocabulary, H hidden, D of an attention head. R is the number of response tokens
+in a whole batch, r in a chunk of it: tensors with R rows hold one row for each response token, one response
+after the other. There is no padding among these rows, so none can leak into a loss.
 """
 import argparse
 import ast
@@ -71,7 +73,8 @@ HERE = Path(__file__).resolve().parent
 
 
 class BadInput(Exception):
-    """Something the user can mend: one sentence with what is wrong, where, and what to do. Exit status 2."""
+    """Something the user can mend: one sentence with what is wrong, where, and what to do. Exit status
+    2."""
 
     def __init__(self, sentence):
         # what a sentence quotes may be anything: 10 MB of text, line breaks, terminal codes
@@ -84,40 +87,42 @@ class RunFailed(Exception):
 
 
 def first_line(error):
+    """Of an error's text, or of its type's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Settings: a dataclass is the command line, the comment behind a field is its help text
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 @dataclass
 class Settings:
-    """What every script can set beside its own method. A script's Config adds its settings, and gives others of
-    these defaults where its method wants them; in `unused` it lists those that would have no effect."""
+    """What every script can set beside its own method. A script's Config adds its settings, and gives
+    others of these defaults where its method wants them; in `unused` it lists those that would have no
+    effect."""
     # models and data
     teacher: str = "tiny"            # model directory or hub name; tiny: the tiny world's; none: no teacher
-    student: str = "tiny"            # the same; a directory with config.json but no weights starts at random
-    data: str = "tiny"               # .jsonl, .csv, folder of train/valid/test.jsonl, hub data; tiny:N: world N
+    student: str = "tiny"            # the same; a directory with a config.json alone: random weights
+    data: str = "tiny"               # .jsonl, .csv, folder of train/valid/test.jsonl, hub; tiny:N: world N
     prompt_field: str = "prompt"     # name of the prompt in a row of data
     response_field: str = "response" # name of the response; null there marks a prompt without one
     text_field: str = "text"         # name of the text in a row of a corpus
-    template: str = "auto"           # text around {prompt}; auto: the chat template, else a line break behind it
+    template: str = "auto"           # text around {prompt}; auto: chat template, else a line break after it
     teacher_template: str = ""       # if the teacher is to read another template than the student
     max_prompt: int = 256            # tokens; longer prompts lose their beginning
     max_response: int = 256          # tokens; longer responses lose their end and with it EOS
-    holdout: float = 0.05            # share of the data held out for valid, and again for test, if it has no splits
+    holdout: float = 0.05            # share of data without splits held out for valid, and again for test
     teacher_device_map: str = ""     # e.g. auto: spread a large teacher over devices (needs accelerate)
     # system
     eval_every: int = 100            # steps between evaluations on validation rows
     eval_rows: int = 500             # most test rows to evaluate on (validation: at most 200)
-    eval_temperature: float = 1.0    # of the student's evaluated distribution; metrics ending in _greedy have none
-    kl_on: str = "samples"           # both KL on samples of the two models, or on the given responses: references
+    eval_temperature: float = 1.0    # of the distribution that is evaluated; metrics in _greedy have none
+    kl_on: str = "samples"           # both KL on samples of the two models; references: on given responses
     log_every: int = 20              # steps between lines of the log
     save_every: int = 500            # steps between checkpoints
-    cache_gib: float = 0.0           # keep the teacher's final hidden states: saves its pass from epoch 2 on
+    cache_gib: float = 0.0           # keep the teacher's hidden states: saves its pass from epoch 2 on
     seed: int = 0                    # of data order, sampling and random weights
     device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"              # float32 or bfloat16 for activations and teacher; student weights stay fp32
+    dtype: str = "auto"              # float32 or bfloat16: activations and teacher; student weights: fp32
     compile: bool = False            # torch.compile: faster steps after minutes of compiling; for long runs
     recompute: bool = False          # compute activations again for the gradient: less memory, slower
     out: str = ""                    # directory of this run; empty: out/<script and changed settings>
@@ -135,7 +140,8 @@ def config_fields(config_class):
 
 
 def parse_args(config_class, argv=None):
-    """Command line -> config_class(...). --lr 1e-4, --lr=1e-4, --batch-size, --batch_size and --no-compile work."""
+    """Command line -> config_class(...). --lr 1e-4, --lr=1e-4, --batch-size, --batch_size and --no-compile
+    work."""
     fields, own = config_fields(config_class)
     comments = {}
     for source in [c for c in reversed(config_class.__mro__) if dataclasses.is_dataclass(c)]:
@@ -155,7 +161,8 @@ def parse_args(config_class, argv=None):
         else:
             kind = dict(type=type(f.default), metavar=type(f.default).__name__)
         text = f"{comments.get(name, '')} [{f.default}]".replace("%", "%%")
-        groups[name in own].add_argument("--" + name.replace("_", "-"), default=f.default, help=text, **kind)
+        flag = "--" + name.replace("_", "-")
+        groups[name in own].add_argument(flag, default=f.default, help=text, **kind)
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         name, equals, value = word.partition("=")
@@ -164,12 +171,14 @@ def parse_args(config_class, argv=None):
     if unknown:
         names = ["--" + n.replace("_", "-") for n in fields]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], names, 1)
-        raise BadInput(f"unknown setting {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "see --help"))
+        hint = f"did you mean {near[0]}?" if near else "see --help"
+        raise BadInput(f"unknown setting {unknown[0]}: {hint}")
     return config_class(**vars(known))
 
 
 def main(train, config_class):
-    """Run a script. Exit status: 0 done, 2 bad input, 1 failed while running, 130 and 143 on SIGINT and SIGTERM."""
+    """Run a script. Exit status: 0 done, 2 bad input, 1 failed while running, 130 and 143 on SIGINT and
+    SIGTERM."""
     for stream in (sys.stdout, sys.stderr):  # text that the terminal cannot show must not end a run
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -187,13 +196,15 @@ def main(train, config_class):
 LIMITS = dict(
     steps=(0, 10**9), batch_size=(1, 10**9), lr=(0, 1e3), clip=(1e-9, math.inf), warmup=(0, 10**9),
     weight_decay=(0, 1e3), eval_every=(1, math.inf), log_every=(1, math.inf), save_every=(1, math.inf),
-    eval_rows=(1, math.inf), holdout=(0, 0.4), max_prompt=(1, 10**9), max_response=(1, 10**9), seed=(0, 10**9),
-    kl_on=["samples", "references"], dtype=["auto", "float32", "bfloat16"],
+    eval_rows=(1, math.inf), holdout=(0, 0.4), max_prompt=(1, 10**9), max_response=(1, 10**9),
+    seed=(0, 10**9), kl_on=["samples", "references"], dtype=["auto", "float32", "bfloat16"],
     eval_temperature=(0.05, 100))  # at 0 there would be no entropy, and no bound to KL(p||q)
 
 
 def check_settings(cfg, **limits):
-    """check_settings(cfg, alpha=(0, 1), negatives=["online", "frozen"]): what is out of range is bad input."""
+    """BadInput where a setting has the wrong type, is outside (lowest, highest) or none of [choices], as in
+    check_settings(cfg, alpha=(0, 1), negatives=["online", "frozen"]). LIMITS has those of shared
+    settings."""
     defaults = type(cfg)()
     for name in cfg.unused:
         if getattr(cfg, name) != getattr(defaults, name):
@@ -204,7 +215,8 @@ def check_settings(cfg, **limits):
         if not fits or isinstance(value, bool) != (wanted is bool):
             raise BadInput(f"{f.name}: a {type(value).__name__}, {wanted.__name__} is wanted")
         if wanted is str and re.search("[\0\ud800-\udfff]", value):
-            raise BadInput(f"{f.name} {ascii(value)}: holds a NUL or half a surrogate pair, which is no text")
+            raise BadInput(f"{f.name} {ascii(value)}: holds a NUL or half a surrogate pair, "
+                           "which is no text")
         is_path = f.name in ("teacher", "student", "data", "out", "corpus")
         if is_path and any(len(x) > 200 for x in value.split("/")):
             raise BadInput(f"{f.name} {value}: no name of a file or directory is that long")
@@ -223,7 +235,8 @@ def check_settings(cfg, **limits):
 
 
 def compute_dtype(cfg, device):
-    """--dtype auto: bf16 where CUDA has it, else fp32. Never decided by timing, so that runs repeat bit by bit."""
+    """--dtype auto: bf16 where CUDA has it, else fp32. Never decided by timing, so that runs repeat bit by
+    bit."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype)
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -237,11 +250,11 @@ def lr_at(step, cfg):
     return cfg.lr * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Several processes: torchrun --nproc_per_node=N script.py. Alone, nothing here does anything
-# ---------------------------------------------------------------------------------------------------------------
-# Every process holds both models, takes its share of each optimizer step, and evaluates; process 0 writes and
-# prints. A wrapper around the model (DDP) is not needed, since the loops divide sums by counts.
+# ----------------------------------------------------------------------------------------------------------
+# Every process holds both models, takes its share of each optimizer step, and evaluates; process 0 writes
+# and prints. A wrapper around the model (DDP) is not needed, since the loops divide sums by counts.
 _alone = []  # not empty while process 0 works without the others
 
 
@@ -251,7 +264,8 @@ def processes():
 
 
 def join_processes(wanted):
-    """--device -> the device of this process. Under torchrun it joins the others; all but process 0 fall silent."""
+    """--device -> the device of this process. Under torchrun it joins the others; all but process 0 fall
+    silent."""
     n = int(os.environ.get("WORLD_SIZE", 1))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
     if n > 1 and device == "cuda":
@@ -260,7 +274,8 @@ def join_processes(wanted):
         torch.cuda.set_device(device)  # else random state and peak memory would be those of GPU 0
     if n > 1 and not dist.is_initialized():
         cuda = device.startswith("cuda")
-        # the others wait while process 0 builds a tiny world or lets the teacher answer: that may take hours
+        # the others wait while process 0 builds a tiny world or lets the teacher answer: that may take
+        # hours
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6),
                                 device_id=torch.device(device) if cuda else None)
         atexit.register(dist.destroy_process_group)
@@ -306,8 +321,8 @@ def broadcast(x):
 def reduce_gradients(model, *sums):
     """Add up the gradients of all processes, and in place the tensors `sums` that are to be logged.
 
-    A loss is a sum over its tokens, divided by the tokens of *all* processes (`all_reduce_sum`), so adding is
-    right and averaging would not be.
+    A loss is a sum over its tokens, divided by the tokens of *all* processes (`all_reduce_sum`), so adding
+    is right and averaging would not be.
     """
     if processes()[1] == 1:
         return
@@ -325,20 +340,22 @@ def noise_seed(seed, step):
     return 10**9 * seed + step + 10**15 * processes()[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # A run: its directory, log, checkpoints and signals
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 HEADLINES = ("kl_pq", "kl_qp", "ce", "rouge_l", "valid", "valid_mass", "valid_greedy", "exact_match",
              "exact_match_greedy", "mode_distance", "worst_gap", "mean_gap", "mean_ce", "accuracy",
              "accuracy_uniform", "accuracy_tail")
 
 
 class Run:
-    """out/<name>/ with settings.json, log.jsonl, a copy of the script, checkpoint.pt, result.json and the student.
+    """out/<name>/ with settings.json, log.jsonl, a copy of the script, checkpoint.pt, result.json and the
+    student.
 
-    The constructor only looks, since bad input must overwrite nothing; `start` creates the directory, or resumes.
+    The constructor only looks, since bad input must overwrite nothing; `start` creates the directory, or
+    resumes.
     """
-    FREE = ("out", "resume", "overwrite", "device", "compile")  # may differ between a run and its resumption
+    FREE = ("out", "resume", "overwrite", "device", "compile")  # may change on resuming
 
     def __init__(self, cfg, script):
         self.cfg, self.script, self.t0, self.seconds = cfg, Path(script), time.time(), 0.0
@@ -346,14 +363,16 @@ class Run:
         try:
             self.device = torch.device(join_processes(cfg.device))
             torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError, AttributeError):  # absent, unknown, or torch was built without it
-            raise BadInput(f"--device {cfg.device}: not usable on this machine; leave it out for auto") from None
+        except (RuntimeError, AssertionError, AttributeError):  # absent, unknown, or torch lacks it
+            raise BadInput(f"--device {cfg.device}: not usable on this machine; "
+                           "leave it out for auto") from None
         fields, _ = config_fields(type(cfg))
         values = {name: getattr(cfg, name) for name in fields}
         changed = {name: v for name, v in values.items() if v != fields[name].default}
         self.dir = Path(cfg.out or f"out/{self._name(changed)}")
-        self.settings = {"script": self.script.stem, **{k: v for k, v in values.items() if k not in self.FREE}}
-        self.settings["dtype"] = str(compute_dtype(cfg, self.device))  # "auto" must not change between resumptions
+        self.settings = {"script": self.script.stem}
+        self.settings |= {k: v for k, v in values.items() if k not in self.FREE}
+        self.settings["dtype"] = str(compute_dtype(cfg, self.device))  # "auto" must not change on resuming
         print("\n".join(f"{'*' if name in changed else ' '} {name:<20}{v}" for name, v in values.items()))
         print(f"run directory: {self.dir}")
         self._look()
@@ -366,12 +385,15 @@ class Run:
         return name if len(name) < 100 else name[:80] + hashlib.sha1(name.encode()).hexdigest()[:12]
 
     def _look(self):
+        """BadInput if this run may not use its directory; the result, if there is one, becomes
+        `finished`."""
         if self.dir.exists() and not self.dir.is_dir():
             raise BadInput(f"{self.dir} is a file: choose another --out")
         if not (self.dir / "settings.json").is_file():
             # .tmp: what a run leaves that was killed at its very start
             if self.dir.exists() and any(f.suffix != ".tmp" for f in self.dir.iterdir()):
-                raise BadInput(f"{self.dir} is not empty and holds no settings.json of a run: choose another --out")
+                raise BadInput(f"{self.dir} is not empty and holds no settings.json of a run: "
+                               "choose another --out")
             if self.cfg.resume:
                 raise BadInput(f"--resume: there is no run in {self.dir}")
             return
@@ -381,13 +403,15 @@ class Run:
         other = [f"{k} was {there.get(k)}, is {self.settings.get(k)}" for k in {**there, **self.settings}
                  if there.get(k) != self.settings.get(k)]
         if other:
-            raise BadInput(f"{self.dir} has other settings ({'; '.join(other)}): choose a new --out or --overwrite")
+            raise BadInput(f"{self.dir} has other settings ({'; '.join(other)}): "
+                           "choose a new --out or --overwrite")
         if (self.dir / "result.json").is_file():
             self.finished = self._read("result.json")
             print("this run is finished (--overwrite runs it again); its result:\n---")
             print("\n".join(f"{k}: {v}" for k, v in self.finished.items()))
         elif not self.cfg.resume:
-            raise BadInput(f"{self.dir} holds an unfinished run: --resume goes on with it, --overwrite starts anew")
+            raise BadInput(f"{self.dir} holds an unfinished run: --resume goes on with it, "
+                           "--overwrite starts anew")
 
     def _read(self, name):
         try:
@@ -396,8 +420,10 @@ class Run:
             raise BadInput(f"{self.dir / name} is damaged: choose another --out, or --overwrite") from None
 
     def start(self, first=0, **parts):
-        """Create the directory, or load the last checkpoint into `parts` (model, optimizer). Returns the next step.
-        `first` is that of a new run: negative where something else is done before step 0 of the training."""
+        """Create the directory, or with --resume load the last checkpoint into `parts`: anything with
+        state_dict and load_state_dict. Returns the next step. `first` is that of a new run: negative where
+        something else is done before step 0 of the training. BadInput where a checkpoint is damaged or the
+        directory not writable."""
         self.first = first
         rank, n = processes()
         if n > 1:
@@ -419,6 +445,7 @@ class Run:
         return self.first
 
     def _prepare(self, parts):
+        """Of process 0: make the directory, load a checkpoint, cut the log back to its step."""
         if self.cfg.overwrite and self.dir.exists():
             shutil.rmtree(self.dir)
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -433,6 +460,7 @@ class Run:
         write(log, "".join(line + "\n" for line in lines if self._is_past(line)))
 
     def _load(self, parts):
+        """Load checkpoint.pt into `parts`, if this run resumes and there is one: whether it did."""
         saved = self.dir / "checkpoint.pt"
         if not (self.cfg.resume and saved.is_file()) or self.cfg.overwrite:
             return False
@@ -448,8 +476,8 @@ class Run:
         except BadInput:
             raise
         except Exception as e:  # damaged or foreign: torch raises many kinds
-            raise BadInput(f"{saved} cannot be loaded ({first_line(e)}): put a good one there, or --overwrite "
-                           "starts anew") from None
+            raise BadInput(f"{saved} cannot be loaded ({first_line(e)}): "
+                           "put a good one there, or --overwrite starts anew") from None
         return True
 
     def _is_past(self, line):
@@ -464,13 +492,15 @@ class Run:
         self.stop = number
 
     def elapsed(self):
+        """Seconds of this run, those before a resumption included."""
         return self.seconds + time.time() - self.t0
 
     def print(self, text):
         self.bar.write(text) if self.bar else print(text, flush=True)
 
     def log(self, step, **values):
-        """One JSON object to log.jsonl and one aligned line to the screen. A loss that is not finite ends the run."""
+        """A line to log.jsonl and one to the screen. RunFailed if the loss of this logged step is not
+        finite."""
         if not math.isfinite(values.get("loss", 0.0)):
             self.fail(step, f"the loss is {values['loss']}")
         self._record(step, values)
@@ -482,11 +512,13 @@ class Run:
 
     def fail(self, step, what):
         good = self.dir / "checkpoint.pt"
-        where = f"the last good checkpoint is {good}" if good.exists() else "no checkpoint was due before it"
+        there = good.exists()
+        where = f"the last good checkpoint is {good}" if there else "no checkpoint was due before it"
         raise RunFailed(f"{what} at step {step}: start anew with a lower --lr; {where}")
 
     def evaluated(self, step, metrics):
-        """The evaluator's numbers on validation rows: all of them to log.jsonl, the main ones to the screen."""
+        """The evaluator's numbers on validation rows: all of them to log.jsonl, the main ones to the
+        screen."""
         self._record(step, {"valid": metrics})
         shown = "  ".join(f"{k} {metrics[k]:.3f}" for k in HEADLINES if k in metrics)
         self.print(f"step {step:5d}/{self.cfg.steps}  validation: {shown}")
@@ -498,12 +530,14 @@ class Run:
             f.write(json.dumps({"step": step, "seconds": round(self.elapsed(), 2), **values}) + "\n")
 
     def end_step(self, step, **parts):
-        """After every optimizer step (`step` are done): move the bar, save in time, leave if a signal came."""
+        """After every optimizer step (`step` are done): move the bar, save in time, leave if a signal
+        came."""
         if self.bar:
             self.bar.update(1)
         stop = self.stop
-        if processes()[1] > 1:  # a signal that reached one process stops all, at a step where they wait anyway
-            stop = step % self.cfg.log_every == 0 and all_reduce_sum(self.stop) and (self.stop or int(signal.SIGTERM))
+        if processes()[1] > 1:  # a signal to one process stops all, at a step where they wait anyway
+            stop = step % self.cfg.log_every == 0 and all_reduce_sum(self.stop)
+            stop = stop and (self.stop or int(signal.SIGTERM))
         if stop or step % self.cfg.save_every == 0:
             self.save(step, **parts)
         if stop:
@@ -513,13 +547,15 @@ class Run:
             raise SystemExit(128 + stop)
 
     def check_finite(self, step, *parts):
+        """RunFailed if a weight of a model among `parts` is infinite or NaN."""
         for part in parts:
-            if isinstance(part, torch.nn.Module) and not all(bool(p.isfinite().all()) for p in part.parameters()):
+            weights = part.parameters() if isinstance(part, torch.nn.Module) else ()
+            if not all(bool(p.isfinite().all()) for p in weights):
                 self.fail(step, "a weight is no longer a finite number")
 
     def save(self, step, **parts):
-        """Write checkpoint.pt in one piece: a full disk or a kill leaves the previous one as it was, and so does a
-        weight that is no longer finite."""
+        """Write checkpoint.pt in one piece: a full disk or a kill leaves the previous one as it was, and so
+        does a weight that is no longer finite."""
         self.check_finite(step, *parts.values())
         if processes()[0] > 0:
             return
@@ -530,14 +566,14 @@ class Run:
         try:
             torch.save(state, file.with_suffix(".tmp"))
             os.replace(file.with_suffix(".tmp"), file)
-        except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError of its zip writer
+        except (OSError, RuntimeError) as e:  # a full disk is a RuntimeError of torch's zip writer
             there = "the previous one is untouched" if file.exists() else "there is none yet"
-            raise BadInput(f"cannot save {file} at step {step} ({first_line(e)}): make room or choose another "
-                           f"--out; {there}") from None
+            raise BadInput(f"cannot save {file} at step {step} ({first_line(e)}): "
+                           f"make room or choose another --out; {there}") from None
 
     def finish(self, student, tokenizer, rows, **more):
-        """Save the student, print the table of `rows` {name: metrics} and the key: value block, write result.json.
-        `more` is what else the result should say."""
+        """Save the student, print the table of `rows` {name: metrics} and the key: value block, write
+        result.json. `more` is what else the result should say."""
         if self.bar:
             self.bar.close()
         self.check_finite(self.cfg.steps, student)
@@ -554,10 +590,12 @@ class Run:
             tokenizer.save_pretrained(self.dir / "student")
             write(self.dir / "result.json", json.dumps(result, indent=1))
         except OSError as e:
-            raise BadInput(f"cannot save the student to {self.dir} ({e.strerror}): make room, then --resume") from None
+            raise BadInput(f"cannot save the student to {self.dir} ({e.strerror}): "
+                           "make room, then --resume") from None
         if processes()[1] > 1:
             dist.barrier()
-        print(moved_most(rows["before"], rows["after"]) + f"; the curves: python common.py compare {self.dir}")
+        moved = moved_most(rows["before"], rows["after"])
+        print(f"{moved}; the curves: python common.py compare {self.dir}")
         print(f"saved {self.dir / 'student'}\n---\n" + "\n".join(f"{k}: {v}" for k, v in result.items()))
         return result
 
@@ -595,28 +633,29 @@ def peak_rss():
         import resource
     except ImportError:
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Models and tokenizers
-# ---------------------------------------------------------------------------------------------------------------
-SAFE = {"trust_remote_code": False}  # else transformers would ask on the terminal whether to run foreign code
+# ----------------------------------------------------------------------------------------------------------
+SAFE = {"trust_remote_code": False}  # else transformers would ask on the terminal about foreign code
 
 
 def load_model(path, device, dtype=torch.float32, role="student", seed=0, device_map=""):
     """A Hugging Face causal or encoder-decoder model in eval mode, on `device`, with `dtype` weights.
 
     A student's directory with a config.json but no weights gives random weights, which is said in a line.
-    `device_map` is handed to transformers, for a teacher that needs several devices (wants accelerate).
+    `device_map` is handed to transformers, for a teacher that needs several devices (needs accelerate).
     """
     try:
         config = AutoConfig.from_pretrained(path, **SAFE)
     except (OSError, ValueError, KeyError) as e:
         raise BadInput(f"--{role} {path}: no model can be loaded from there ({first_line(e)})") from None
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    has_weights = not Path(path).is_dir() or any(f.suffix in (".safetensors", ".bin") for f in Path(path).iterdir())
-    if has_weights:
+    here = Path(path)
+    if not here.is_dir() or any(f.suffix in (".safetensors", ".bin") for f in here.iterdir()):
         placed = {"device_map": device_map} if device_map else {}
         try:
             model = auto.from_pretrained(path, dtype=dtype, weights_only=True, **SAFE, **placed)
@@ -636,7 +675,7 @@ def load_model(path, device, dtype=torch.float32, role="student", seed=0, device
 
 @torch.no_grad()
 def check_head(model, path, role):
-    """The chunked losses compute head(states); models for which that is not all of it are refused."""
+    """BadInput for a model whose logits are not head(hidden states), on which all losses here rely."""
     batch = collate([Example([3, 4, 5, 6], [3, 4, 5, 6], [4, 3, 5])], model).to(model.device)
     try:
         ours = head_logits(model, response_states(model)(batch))
@@ -648,38 +687,46 @@ def check_head(model, path, role):
             cache = preallocated_cache(model.config)
             keeps_keys = all(isinstance(layer, DynamicLayer) for layer in cache.layers)
     except (AttributeError, TypeError) as e:
-        raise BadInput(f"--{role} {path}: {type(model).__name__} is not built as the models that can be used here "
-                       f"({first_line(e)}): choose a transformer such as GPT-2, Llama, Qwen or T5") from None
+        raise BadInput(f"--{role} {path}: {type(model).__name__} is not built as the models that can be "
+                       f"used here ({first_line(e)}): choose a transformer such as GPT-2, "
+                       "Llama, Qwen or T5") from None
     if not model.config.is_encoder_decoder and not keeps_keys:
-        raise BadInput(f"--{role} {path}: {type(model).__name__} keeps a state that is no cache of keys and values, "
-                       "which the sampler cannot cut rows from: choose a transformer such as GPT-2, Llama or Qwen")
+        raise BadInput(f"--{role} {path}: {type(model).__name__} keeps a state that is no cache of keys "
+                       "and values, which the sampler cannot cut rows from: "
+                       "choose a transformer such as GPT-2, Llama or Qwen")
     if (ours - theirs.float()).abs().max() > 0.02 * theirs.float().abs().max() + 1e-3:
         raise BadInput(f"--{role} {path}: {type(model).__name__} changes its logits after the output head "
-                       "(soft-capping or a logit scale), which the chunked losses here do not do: choose another")
+                       "(soft-capping or a logit scale), which the chunked losses here do not do: "
+                       "choose another")
 
 
 def load_tokenizer(path, role):
+    """The tokenizer of a model's directory or hub name, or one sentence with what it lacks."""
     files = [f.name for f in Path(path).iterdir()] if Path(path).is_dir() else ["tokenizer.json"]
     try:  # transformers would make an empty tokenizer up from config.json alone
         if not any(re.match(r"tokenizer|vocab|spiece|sentencepiece", f) for f in files):
             raise OSError("no tokenizer.json or other vocabulary file")
         tokenizer = AutoTokenizer.from_pretrained(path, **SAFE)
     except Exception as e:  # transformers raises a dozen kinds here
-        raise BadInput(f"--{role} {path}: no tokenizer there ({first_line(e)}); save one beside the model") from None
+        raise BadInput(f"--{role} {path}: no tokenizer there ({first_line(e)}); "
+                       "save one beside the model") from None
     if tokenizer.eos_token_id is None:
-        raise BadInput(f"--{role} {path}: the tokenizer has no end-of-sequence token, so no response could end")
+        raise BadInput(f"--{role} {path}: the tokenizer has no end-of-sequence token, "
+                       "so no response could end")
     return tokenizer
 
 
-PROBE = "The quick brown fox: jumps over 13 lazy dogs, naïve café!\n\tdef f(x): return x ** 2  # describe name ada ;"
+PROBE = ("The quick brown fox: jumps over 13 lazy dogs, naïve café!\n"
+         "\tdef f(x): return x ** 2  # describe name ada ;")
 
 
 def load_pair(cfg, device, same_tokens=True, world="answers"):
-    """(student in fp32, teacher in the compute dtype and frozen or None, the student's tokenizer), in eval mode.
+    """(student in fp32, teacher in the compute dtype and frozen or None, the student's tokenizer), in eval
+    mode.
 
-    Methods that compare distributions need tokenizers that agree, which is checked on a probe text. Heads padded
-    to different sizes are cut to the smaller (`model.vocab`); both models renormalise over those V tokens.
-    `world` is the tiny world that "tiny" means.
+    Methods that compare distributions need tokenizers that agree, which is checked on a probe text. Heads
+    padded to different sizes are cut to the smaller (`model.vocab`); both models renormalise over those V
+    tokens. `world` is the tiny world that "tiny" means.
     """
     paths = {role: resolve(getattr(cfg, role), role, cfg.data, world) for role in ("student", "teacher")}
     tokenizer = load_tokenizer(paths["student"], "student")
@@ -695,8 +742,9 @@ def load_pair(cfg, device, same_tokens=True, world="answers"):
         other = load_tokenizer(paths["teacher"], "teacher")
         agree = tokenizer(PROBE).input_ids == other(PROBE).input_ids
         if not agree or tokenizer.eos_token_id != other.eos_token_id:
-            raise BadInput(f"--teacher {paths['teacher']} and --student {paths['student']} have different tokenizers, "
-                           "so their token distributions cannot be compared: choose two models of one family")
+            raise BadInput(f"--teacher {paths['teacher']} and --student {paths['student']} have different "
+                           "tokenizers, so their token distributions cannot be compared: "
+                           "choose two models of one family")
         student.vocab = teacher.vocab = min(student.vocab, teacher.vocab)
     return student, teacher, tokenizer
 
@@ -713,12 +761,13 @@ def fingerprint(model):
 def recompute(model):
     """Let the layers of a model forget their activations and compute them again in the backward pass.
 
-    transformers' own switch works in training mode only and turns the sampler's cache off; here it is the gradient
-    that decides. Dropout draws the same again.
+    transformers' own switch works in training mode only and turns the sampler's cache off; here it is the
+    gradient that decides. Dropout draws the same again.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise BadInput(f"--recompute: {type(model).__name__} has no layers that can be computed again: leave it out")
+        raise BadInput(f"--recompute: {type(model).__name__} has no layers that can be computed again: "
+                       "leave it out")
     for layer in layers:
         layer.forward = functools.partial(_recomputed, layer.forward)
 
@@ -729,9 +778,9 @@ def _recomputed(forward, *args, **kwargs):
     return forward(*args, **kwargs)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Rows of data: files, folders, saved data sets and the hub
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 @dataclass
 class Example:
     prompt: list            # token ids of the prompt as the student reads it
@@ -747,12 +796,14 @@ def lines_of(path):
             try:
                 yield at, raw.decode("utf-8-sig" if at == 1 else "utf-8")
             except UnicodeDecodeError:
-                raise BadInput(f"{path}:{at}: not valid UTF-8: convert the file to UTF-8, or leave it out") from None
+                raise BadInput(f"{path}:{at}: not valid UTF-8: convert the file to UTF-8, "
+                               "or leave it out") from None
 
 
 def read_records(path):
-    """(where, record) of each row of a JSONL or CSV file. Read with the standard library, since `datasets` guesses
-    types: of a CSV cell NA or null it makes nothing, of a date no text, and its errors do not name the line."""
+    """(where, record) of each row of a JSONL or CSV file. Read with the standard library, since `datasets`
+    guesses types: of a CSV cell NA or null it makes nothing, of a date no text, and its errors do not name
+    the line."""
     path, at = Path(path), 0
     try:
         if path.suffix == ".csv":
@@ -767,7 +818,8 @@ def read_records(path):
     except OSError as e:
         raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
     except (ValueError, RecursionError, csv.Error) as e:
-        raise BadInput(f"{path}:{at}: {first_line(e)}: one JSON object a line (or valid CSV) is wanted") from None
+        raise BadInput(f"{path}:{at}: {first_line(e)}: one JSON object a line (or "
+                       "valid CSV) is wanted") from None
 
 
 def text_of(record, name, where, flag, optional=False):
@@ -775,8 +827,8 @@ def text_of(record, name, where, flag, optional=False):
     if not isinstance(record, dict):
         raise BadInput(f"{where}: a {type(record).__name__}, not an object with a field {name!r}")
     if name not in record:
-        raise BadInput(f"{where}: no field {name!r} (there: {', '.join(map(str, record))[:80] or 'nothing'}): "
-                       f"name it with {flag}")
+        raise BadInput(f"{where}: no field {name!r} (there: "
+                       f"{', '.join(map(str, record))[:80] or 'nothing'}): name it with {flag}")
     text = record[name]
     if text is None and optional:
         return None
@@ -788,17 +840,18 @@ def text_of(record, name, where, flag, optional=False):
 
 
 def prompt_and_response(record, where, cfg):
-    """A raw record -> row: prompt, response or None, and what a tiny world knows about the right answers."""
+    """A raw record -> row: prompt, response or None, and what a tiny world knows about the right
+    answers."""
     row = {"prompt": text_of(record, cfg.prompt_field, where, "--prompt-field"),
            "response": text_of(record, cfg.response_field, where, "--response-field", optional=True)}
     return row | {k: record[k] for k in ("references", "probs") if k in record}
 
 
 def load_rows(cfg, world="answers", read=prompt_and_response, names=None):
-    """{"train", "valid", "test": rows} from a folder of JSONL files, one JSONL or CSV file, a saved data set or the
-    hub. Data without splits is split by a hash of the prompt: no prompt is in two splits, and the splits are the
-    same for every seed. `read` makes a row of a raw record; `names` {theirs: ours} are the splits to use of a
-    saved or hub data set."""
+    """{"train", "valid", "test": rows} from a folder of JSONL files, one JSONL or CSV file, a saved data
+    set or the hub. Data without splits is split by a hash of the prompt: no prompt is in two splits, and
+    the splits are the same for every seed. `read` makes a row of a raw record; `names` {theirs: ours} are
+    the splits to use of a saved or hub data set."""
     path = Path(resolve(cfg.data, "data", cfg.data, world))
     if path.is_file() or path.suffix in (".jsonl", ".json", ".csv", ".txt"):
         if not path.exists():
@@ -808,7 +861,11 @@ def load_rows(cfg, world="answers", read=prompt_and_response, names=None):
         found = {s: read_records(path / f"{s}.jsonl") for s in ("train", "valid", "test")
                  if (path / f"{s}.jsonl").is_file()}
     else:
-        found = hub_records(cfg.data, path, names)
+        loaded = hub_data(cfg.data)
+        loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
+        names = names or {s: s.replace("validation", "valid") for s in loaded}
+        records = lambda s: ((f"{cfg.data}, {s} row {i}", dict(r)) for i, r in enumerate(loaded[s]))
+        found = {ours: records(theirs) for theirs, ours in names.items() if theirs in loaded}
     splits = {s: [read(record, where, cfg) for where, record in records] for s, records in found.items()}
     if "train" not in splits:
         raise BadInput(f"--data {cfg.data}: no split is called train (there: {', '.join(splits)})")
@@ -822,32 +879,34 @@ def load_rows(cfg, world="answers", read=prompt_and_response, names=None):
     splits["train"] = [r for r, x in zip(everything, draw) if x >= len(lacking) * cut]
     for s in ("train", "valid", "test"):
         if not splits[s]:
-            raise BadInput(f"--data {cfg.data}: of {len(everything)} none is left for {s}: add rows or set --holdout")
+            raise BadInput(f"--data {cfg.data}: of {len(everything)} none is left for {s}: "
+                           "add rows or set --holdout")
     return splits
 
 
-def hub_records(name, path, names):
-    """{split: (where, record) of each row} of a saved data set, or of one on the hub: name or name:configuration."""
-    import datasets  # only here and in `documents`: everything else runs without it
+def hub_data(name, split=None, **options):
+    """A saved data set or one on the hub (owner/name, owner/name/folder, either with :configuration), all
+    its splits by name or one `split`."""
+    import datasets  # only here: everything else runs without it
     repository, _, configuration = name.partition(":")
+    folder = "/".join(repository.split("/")[2:])
     try:
-        if path.is_dir():
-            loaded = datasets.load_from_disk(str(path))
-        else:
-            loaded = datasets.load_dataset(repository, configuration or None)
-    except Exception as e:  # absent, offline, damaged: many kinds
-        raise BadInput(f"--data {name}: neither a file nor a saved or hub data set ({first_line(e)})") from None
-    loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
-    names = names or {s: s.replace("validation", "valid") for s in loaded}
-    records = lambda split: ((f"{name}, {split} row {i}", dict(r)) for i, r in enumerate(loaded[split]))
-    return {ours: records(theirs) for theirs, ours in names.items() if theirs in loaded}
+        if Path(name).is_dir():
+            loaded = datasets.load_from_disk(name)
+            return loaded[split] if split and isinstance(loaded, dict) else loaded
+        return datasets.load_dataset("/".join(repository.split("/")[:2]), configuration or None,
+                                     split=split, data_dir=folder or None, **options)
+    except Exception as e:  # absent, offline, damaged, gated: many kinds
+        raise BadInput(f"{name}: neither a file, a folder, a pattern nor a saved or hub data set "
+                       f"({first_line(e)})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # From rows to examples: token ids with the template around the prompt
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def prompt_encoder(tokenizer, template, model, max_prompt):
-    """A function text -> token ids of the whole prompt: template around it, too long content cut from the left.
+    """A function text -> token ids of the whole prompt: template around it, too long content cut from the
+    left.
 
     User text never becomes a control token: special tokens are recognised in the template's own parts only.
     """
@@ -858,7 +917,8 @@ def prompt_encoder(tokenizer, template, model, max_prompt):
         whole = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         start, found, end = whole.partition(mark)
         if not found:
-            raise BadInput("the tokenizer's chat template drops the user's message: give a --template of your own")
+            raise BadInput("the tokenizer's chat template drops the user's message: "
+                           "give a --template of your own")
         start, end = ids(start), ids(end)
     else:
         default = "{prompt}" if is_encdec else "{prompt}\n"
@@ -872,12 +932,12 @@ def prompt_encoder(tokenizer, template, model, max_prompt):
         end = ids(after) + (whole[at + len(bare):] if is_encdec else [])
     room = max_prompt - len(start) - len(end)
     if room < 1:
-        raise BadInput(f"--max-prompt {max_prompt}: the template alone takes {len(start) + len(end)} tokens")
+        raise BadInput(f"--max-prompt {max_prompt}: the template alone takes {len(start + end)} tokens")
 
     def encode(text):
         content = ids(text, split_special_tokens=True)
         encode.cut += len(content) > room
-        return start + content[-room:] + end or [tokenizer.eos_token_id]  # a decoder needs a token to start from
+        return start + content[-room:] + end or [tokenizer.eos_token_id]  # a decoder must start somewhere
 
     encode.cut = 0
     return encode
@@ -891,16 +951,18 @@ def row_encoder(cfg, student, teacher, tokenizer):
             continue
         parts = cfg.max_prompt, cfg.max_response
         if (max(parts) if model.config.is_encoder_decoder else sum(parts)) > context:
-            raise BadInput(f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response} do not fit the "
-                           f"{role}'s context of {context} tokens: lower them")
+            raise BadInput(f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response} do not "
+                           f"fit the {role}'s context of {context} tokens: lower them")
     encode = encode_for_teacher = prompt_encoder(tokenizer, cfg.template, student, cfg.max_prompt)
     if cfg.teacher_template:
-        encode_for_teacher = prompt_encoder(tokenizer, cfg.teacher_template, teacher or student, cfg.max_prompt)
+        encode_for_teacher = prompt_encoder(tokenizer, cfg.teacher_template, teacher or student,
+                                            cfg.max_prompt)
 
     def example(row):
-        response = tokenizer(row["response"] or "", add_special_tokens=False, split_special_tokens=True).input_ids
-        if response:
-            response = (response + [tokenizer.eos_token_id])[:cfg.max_response]  # cut from the right: loses EOS
+        plain = tokenizer(row["response"] or "", add_special_tokens=False, split_special_tokens=True)
+        response = plain.input_ids
+        if response:  # cut from the right, where EOS gets lost
+            response = (response + [tokenizer.eos_token_id])[:cfg.max_response]
             example.cut += response[-1] != tokenizer.eos_token_id
         example.empty += row["response"] is not None and not response
         prompt = encode(row["prompt"])
@@ -913,23 +975,26 @@ def row_encoder(cfg, student, teacher, tokenizer):
 
 
 def load_data(cfg, student, teacher, tokenizer):
-    """SimpleNamespace(train, valid, test) of lists of Examples, tokenised once; says what was cut or dropped."""
+    """SimpleNamespace(train, valid, test) of lists of Examples, tokenised once; says what was cut or
+    dropped."""
     encode, splits = row_encoder(cfg, student, teacher, tokenizer), load_rows(cfg)
     limits = {"train": None, "valid": min(cfg.eval_rows, 200), "test": cfg.eval_rows}
     data = SimpleNamespace(**{s: [encode(row) for row in splits[s][:limit]] for s, limit in limits.items()})
-    print(f"data: {len(data.train)} training prompts, {sum(bool(e.response) for e in data.train)} with a response; "
-          f"{len(data.valid)} validation, {len(data.test)} test rows; "
-          f"cut to fit: {encode.cut_prompts} prompts, {encode.cut} responses; {encode.empty} empty responses",
+    print(f"data: {len(data.train)} training prompts, {sum(bool(e.response) for e in data.train)} with a "
+          f"response; {len(data.valid)} validation, {len(data.test)} test rows; "
+          f"cut to fit: {encode.cut_prompts} prompts, {encode.cut} responses; "
+          f"{encode.empty} empty responses",
           flush=True)
     return data
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Running text: documents -> packed sequences of tokens (ddk.py's domains, dpkd.py's corpus)
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def documents(source, cfg):
-    """The documents of a text file (blank lines part them), a folder or pattern (each file is one), a .jsonl, a saved
-    data set, or one on the hub (owner/name, owner/name/folder, owner/name:configuration; it is streamed)."""
+    """The documents of a text file (separated by blank lines), a folder or pattern (each file is one), a
+    .jsonl, a saved data set, or one on the hub (owner/name, owner/name/folder, owner/name:configuration; it
+    is streamed)."""
     files = files_of(source)
     if files == [] or files is None and Path(source).suffix in (".txt", ".jsonl", ".md", ".py"):
         raise BadInput(f"{source}: there is no such file")
@@ -942,19 +1007,7 @@ def documents(source, cfg):
             raise BadInput(f"{file}: cannot be read ({e.strerror})") from None
     if files:
         return
-    import datasets
-    repository, _, configuration = source.partition(":")
-    folder = "/".join(repository.split("/")[2:])
-    try:
-        if Path(source).is_dir():
-            loaded = datasets.load_from_disk(source)
-            loaded = loaded["train"] if isinstance(loaded, dict) else loaded
-        else:
-            loaded = datasets.load_dataset("/".join(repository.split("/")[:2]), configuration or None, split="train",
-                                           data_dir=folder or None, streaming=True)
-    except Exception as e:  # absent, offline, damaged, gated: many kinds
-        raise BadInput(f"{source}: neither a file, a folder, a pattern nor a saved or hub data set "
-                       f"({first_line(e)})") from None
+    loaded = hub_data(source, split="train", streaming=True)
     for i, record in enumerate(loaded):
         yield text_of(record, cfg.text_field, f"{source}, row {i}", "--text-field")
 
@@ -965,7 +1018,8 @@ def files_of(source):
     try:
         if path.is_file():
             return [path]
-        if path.is_dir() and not any((path / f).is_file() for f in ("dataset_info.json", "dataset_dict.json")):
+        saved = any((path / f).is_file() for f in ("dataset_info.json", "dataset_dict.json"))
+        if path.is_dir() and not saved:
             return [p for p in sorted(path.rglob("*")) if p.is_file()]
         if glob.has_magic(source):
             return [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
@@ -994,11 +1048,12 @@ def file_documents(file, cfg, whole):
 
 
 def load_corpus(source, tokenizer, cfg):
-    """Examples for plain language modelling: blocks of --max-response tokens of the documents of `source`, EOS after
-    each document; EOS serves as the prompt of each block."""
+    """Examples for plain language modelling: blocks of --max-response tokens of the documents of `source`,
+    EOS after each document; EOS serves as the prompt of each block."""
     eos, n = tokenizer.eos_token_id, cfg.max_response
-    encode = lambda text: tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True).input_ids
-    tokens = [t for text in documents(source, cfg) if text.strip() for t in encode(text) + [eos]]
+    texts = (text.strip() for text in documents(source, cfg))
+    encode = lambda text: tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    tokens = [t for text in texts if text for t in encode(text) + [eos]]
     if not tokens:
         raise BadInput(f"{source}: there is no text in it")
     return [Example([eos], [eos], tokens[i:i + n]) for i in range(0, len(tokens), n)]
@@ -1023,30 +1078,34 @@ def domain_sources(cfg, world):
         return parse_pairs(cfg.domains, "--domains")
     path = Path(resolve(cfg.data, "data", cfg.data, world))
     if not path.is_dir():
-        raise BadInput(f"--data {path}: neither a tiny world (tiny, tiny:N) nor a folder with a file or folder for "
-                       "each domain; to name them one by one use --domains name=source,name=source")
+        raise BadInput(f"--data {path}: neither a tiny world (tiny, tiny:N) nor a folder with a file or "
+                       "folder for each domain; to name them one by one use --domains "
+                       "name=source,name=source")
     found = {}
     for p in sorted(path.iterdir()):
         if p.stem in found:
-            raise BadInput(f"--data {path}: {Path(found[p.stem]).name} and {p.name} are both called {p.stem}: "
-                           "rename one")
+            raise BadInput(f"--data {path}: {Path(found[p.stem]).name} and {p.name} are both called "
+                           f"{p.stem}: rename one")
         if not p.name.startswith("."):
             found[p.stem] = str(p)
     return found
 
 
 def load_domains(cfg, student, teacher, tokenizer, world="domains"):
-    """SimpleNamespace(names, train, valid, test, sha1). train {name: (sequences, --max-tokens) of tokens, mapped into
-    memory}; valid and test {name: at most --gap-rows and --eval-rows Examples, spread over the split}."""
+    """SimpleNamespace(names, train, valid, test, sha1). train {name: (sequences, --max-tokens) of tokens,
+    mapped into memory}; valid and test {name: at most --gap-rows and --eval-rows Examples, spread over the
+    split}."""
     for model, role in ((student, "student"), (teacher, "teacher")):
         context = getattr(model.config, "max_position_embeddings", None) if model is not None else None
         if model is not None and model.config.is_encoder_decoder:
-            raise BadInput(f"the {role} is an encoder-decoder: running text wants a decoder-only model")
+            raise BadInput(f"the {role} is an encoder-decoder: running text needs a decoder-only model")
         if context and cfg.max_tokens > context:
-            raise BadInput(f"--max-tokens {cfg.max_tokens} does not fit the {role}'s context of {context} tokens")
+            raise BadInput(f"--max-tokens {cfg.max_tokens} does not fit the {role}'s context of {context} "
+                           "tokens")
     sources = domain_sources(cfg, world)
     if len(sources) < 2:
-        raise BadInput(f"a mixture needs two domains or more, there is {len(sources)} ({', '.join(sources) or 'none'})")
+        raise BadInput(f"a mixture needs two domains or more, there is {len(sources)} "
+                       f"({', '.join(sources) or 'none'})")
     data, digest = SimpleNamespace(names=list(sources), train={}, valid={}, test={}), hashlib.sha1()
     with rank0_first():
         packed = {name: pack(name, source, tokenizer, cfg) for name, source in sources.items()}
@@ -1055,11 +1114,13 @@ def load_domains(cfg, student, teacher, tokenizer, world="domains"):
         data.train[name] = splits["train"]
         for split, limit in (("valid", cfg.gap_rows), ("test", cfg.eval_rows)):
             # spread over the split: its first sequences may all be of one long document
-            chosen = np.linspace(0, len(splits[split]) - 1, min(limit, len(splits[split]))).round().astype(int)
-            getattr(data, split)[name] = [sequence(splits[split][i]) for i in chosen]
+            have = splits[split]
+            chosen = np.linspace(0, len(have) - 1, min(limit, len(have))).round().astype(int)
+            getattr(data, split)[name] = [sequence(have[i]) for i in chosen]
     data.sha1 = digest.hexdigest()[:12]
     shown = [f"{n} {len(data.train[n])} {len(data.valid[n])} {len(data.test[n])}" for n in data.names]
-    print(f"{cfg.max_tokens}-token sequences (train valid test): {', '.join(shown)}; corpus {data.sha1}", flush=True)
+    print(f"{cfg.max_tokens}-token sequences (train valid test): "
+          f"{', '.join(shown)}; corpus {data.sha1}", flush=True)
     return data
 
 
@@ -1082,10 +1143,10 @@ def split_of(text, holdout):
 def pack(name, source, tokenizer, cfg):
     """({split: (sequences, --max-tokens) tokens, mapped into memory}, sha1 of the text) of one domain.
 
-    Different documents go one after the other, EOS behind each, into a file of 16- or 32-bit tokens: a corpus may be
-    larger than memory. Which split a document is in hangs on a hash of its text; where that leaves a split without a
-    sequence (one long book, a server's log), the text is split by position. The files are kept in the cache under
-    the tokenizer and the path, size and time of every source file.
+    Different documents go one after the other, EOS behind each, into a file of 16- or 32-bit tokens: a
+    corpus may be larger than memory. Which split a document is in depends on a hash of its text; where that
+    leaves a split without a sequence (one long book, a server's log), the text is split by position. The
+    files are kept in the cache under the tokenizer and the path, size and time of every source file.
     """
     vocabulary = hashlib.sha1(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
     stamp = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files_of(source) or []]
@@ -1102,8 +1163,8 @@ def pack(name, source, tokenizer, cfg):
             raise BadInput(f"domain {name}: {e}") from None
         except OSError as e:
             if not target.is_dir():  # else another process was faster
-                raise BadInput(f"domain {name}: cannot write its tokens to {cache_dir()} ({e.strerror}): make room "
-                               "or set XDG_CACHE_HOME") from None
+                raise BadInput(f"domain {name}: cannot write its tokens to {cache_dir()} ({e.strerror}): "
+                               "make room or set XDG_CACHE_HOME") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
     meta = json.loads((target / "meta.json").read_text())
@@ -1114,19 +1175,22 @@ def pack(name, source, tokenizer, cfg):
         whole, held = np.concatenate([tokens[s] for s in SPLITS]), int(cfg.holdout * total)
         cuts = len(whole) - 2 * held, len(whole) - held
         tokens = dict(zip(SPLITS, np.split(whole, cuts)))
-        print(f"domain {name}: too few documents to hold some out: its last {2 * held} tokens are valid and test")
+        print(f"domain {name}: too few documents to hold some out: "
+              f"its last {2 * held} tokens are valid and test")
     for split, have in tokens.items():
         if split == "train" and cfg.domain_tokens:
             have = have[:cfg.domain_tokens]
         if len(have) < n:
-            raise BadInput(f"domain {name}: {len(have)} tokens for {split}, fewer than one sequence of {n}: more or "
-                           "shorter documents, a larger --holdout or a smaller --max-tokens")
+            raise BadInput(f"domain {name}: {len(have)} tokens for {split}, "
+                           f"fewer than one sequence of {n}: more or shorter documents, "
+                           "a larger --holdout or a smaller --max-tokens")
         tokens[split] = have[:len(have) // n * n].reshape(-1, n)  # the rest is cut off
     return tokens, meta["sha1"]
 
 
 def write_tokens(folder, source, tokenizer, cfg, dtype):
-    """Write {train,valid,test}.bin and meta.json. Holds a few MB of text at a time, whatever the corpus has."""
+    """Write {train,valid,test}.bin and meta.json. Holds a few MB of text at a time, whatever the corpus
+    has."""
     digest, count, seen = hashlib.sha1(), dict.fromkeys(SPLITS, 0), set()
     files = {s: open(folder / f"{s}.bin", "wb") for s in SPLITS}
 
@@ -1155,18 +1219,19 @@ def write_tokens(folder, source, tokenizer, cfg, dtype):
         flush(waiting)
     for f in files.values():
         f.close()
-    (folder / "meta.json").write_text(json.dumps({"tokens": count, "sha1": digest.hexdigest(), "source": source}))
+    meta = {"tokens": count, "sha1": digest.hexdigest(), "source": source}
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Batches
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 @dataclass
 class Batch:
-    """Decoder-only: tokens (B,T) are prompt+response, right-padded. Encoder-decoder: tokens and mask (B,P) are the
-    prompt, decoder_tokens (B,N) the shifted response. For the R response tokens of the batch, one after the other:
-    positions (R,) is where, in the flattened (B*T) or (B*N), the token is predicted; targets (R,) is the token;
-    owner (R,) its example. lengths (B,) counts response tokens."""
+    """Decoder-only: tokens (B,T) are prompt+response, right-padded. Encoder-decoder: tokens and mask (B,P)
+    are the prompt, decoder_tokens (B,N) the shifted response. For the R response tokens of the batch, one
+    after the other: positions (R,) is where, in the flattened (B*T) or (B*N), the token is predicted;
+    targets (R,) is the token; owner (R,) its example. lengths (B,) counts response tokens."""
     tokens: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor
@@ -1174,8 +1239,8 @@ class Batch:
     lengths: torch.Tensor
     mask: torch.Tensor = None
     decoder_tokens: torch.Tensor = None
-    teacher_view: "Batch" = None  # the same responses as the teacher reads them, where that is something else
-    ids: list = None              # which examples these are, for caches
+    teacher_view: "Batch" = None  # the same responses as the teacher reads them, if otherwise
+    ids: list = None              # which examples these are; set by `Batches` only, for CachedStates
 
     @property
     def teacher_batch(self):
@@ -1183,12 +1248,15 @@ class Batch:
         return self.teacher_view or self
 
     def to(self, device):
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return dataclasses.replace(self, **moved, teacher_view=self.teacher_view and self.teacher_view.to(device))
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
+        view = self.teacher_view and self.teacher_view.to(device)
+        return dataclasses.replace(self, **moved, teacher_view=view)
 
 
 def pad(lists, width, left=False):
-    """Lists of token ids -> (len, width) int64, filled with 0. What the fill is never matters: masks know lengths."""
+    """Lists of token ids -> (len, width) int64, filled with 0. What the fill is never matters: masks know
+    lengths."""
     out = np.zeros((len(lists), width), dtype=np.int64)
     for row, x in zip(out, lists):
         row[width - len(x) if left else 0:][:len(x)] = x
@@ -1196,7 +1264,8 @@ def pad(lists, width, left=False):
 
 
 def bucket(lists, widths):
-    """The width to pad to: the longest list, or where few shapes are wanted the next of `widths` or multiple of 64."""
+    """The width to pad to: the longest list, or where few shapes are wanted the next of `widths` or
+    multiple of 64."""
     longest = max(map(len, lists))
     if not widths:
         return longest
@@ -1204,14 +1273,15 @@ def bucket(lists, widths):
 
 
 def collate(examples, model, role="student", bucket_widths=()):
-    """Examples -> Batch on the CPU. Masks come from lengths, never from ids, since pad may equal EOS. The shift by
-    one token is made here and nowhere else."""
+    """Examples -> Batch on the CPU. Masks come from lengths, never from ids, since pad may equal EOS. The
+    shift by one token is made here and nowhere else: of prompt a b and response c d EOS tokens are a b c d
+    EOS (T = 5); c is predicted at b, so positions are 1 2 3 and targets c d EOS."""
     prompts = [e.prompt if role == "student" else e.teacher_prompt for e in examples]
     responses = [e.response for e in examples]
     lengths = torch.tensor([len(r) for r in responses])
     targets = torch.tensor([t for r in responses for t in r], dtype=torch.long)
     owner = torch.repeat_interleave(torch.arange(len(examples)), lengths)
-    place = torch.cat([torch.arange(len(r)) for r in responses])  # (R,) place of the token in its own response
+    place = torch.cat([torch.arange(len(r)) for r in responses])  # (R,) its place in its own response
     if model.config.is_encoder_decoder:
         tokens = pad(prompts, bucket(prompts, bucket_widths))
         mask = (torch.arange(tokens.shape[1]) < torch.tensor([len(x) for x in prompts])[:, None]).long()
@@ -1221,13 +1291,13 @@ def collate(examples, model, role="student", bucket_widths=()):
         return Batch(tokens, positions, targets, owner, lengths, mask, decoder_tokens)
     both = [a + b for a, b in zip(prompts, responses)]
     tokens = pad(both, bucket(both, bucket_widths))
-    before = torch.tensor([len(a) - 1 for a in prompts])  # the prompt's last token predicts the response's first
+    before = torch.tensor([len(a) - 1 for a in prompts])  # a prompt's last token predicts the response
     return Batch(tokens, owner * tokens.shape[1] + before[owner] + place, targets, owner, lengths)
 
 
 def step_indices(n, step, cfg):
-    """Which of n examples an optimizer step uses: shuffled anew every epoch, a function of seed and step alone.
-    Under torchrun every process takes its share of them."""
+    """Which of n examples an optimizer step uses: shuffled anew every epoch, a function of seed and step
+    alone. Under torchrun every process takes its share of them."""
     first = step * cfg.batch_size
     epochs = {i // n for i in range(first, first + cfg.batch_size)}
     order = {e: np.random.default_rng((cfg.seed, e)).permutation(n) for e in epochs}
@@ -1238,18 +1308,20 @@ def step_indices(n, step, cfg):
 class Batches:
     """Training batches as a function of the step alone, so that a resumed run sees what it would have seen.
 
-    at(step) gives the micro-batches of one optimizer step. Inside a step examples are sorted by length before they
-    are split: less padding, and the step sees the same examples.
+    at(step) gives the micro-batches of one optimizer step. Inside a step examples are sorted by length
+    before they are split: less padding, and the step sees the same examples.
     """
 
     def __init__(self, examples, student, teacher, cfg, device):
         self.examples, self.student, self.teacher = [e for e in examples if e.response], student, teacher
         if not self.examples:
-            raise BadInput("no training row has a response (all are null, empty or cut away): nothing to train on")
+            raise BadInput("no training row has a response (all are null, "
+                           "empty or cut away): nothing to train on")
         self.cfg, self.device, self.bucket_widths = cfg, device, []
         self.length = np.array([len(e.prompt) + len(e.response) for e in self.examples])
         if cfg.compile:  # each width is compiled anew, which takes from seconds to minutes: three of them
-            self.bucket_widths = sorted({8 * math.ceil(np.quantile(self.length, x) / 8) for x in (0.5, 0.85, 1)})
+            quantiles = np.quantile(self.length, (0.5, 0.85, 1))
+            self.bucket_widths = sorted({8 * math.ceil(x / 8) for x in quantiles})
         self.two_views = teacher is not None and (
             any(e.prompt is not e.teacher_prompt for e in self.examples)
             or student.config.is_encoder_decoder != teacher.config.is_encoder_decoder)
@@ -1268,19 +1340,21 @@ class Batches:
         return batch
 
     def collate(self, examples):
-        """Any examples, such as the student's own answers -> Batch on the device, with the teacher's view of it."""
+        """Any examples, such as the student's own answers -> Batch on the device, with the teacher's view
+        of it."""
         batch = collate(examples, self.student, "student", self.bucket_widths)
         if self.two_views:
             batch.teacher_view = collate(examples, self.teacher, "teacher", self.bucket_widths)
         return batch.to(self.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # From tokens to hidden states to a loss: logits exist for response tokens only, one chunk at a time
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def grouped_attention(module, query, key, value, attention_mask, **kwargs):
-    """Attention of one new token each: query (B,heads,1,D), key and value (B,kv_heads,room,D). Where several heads
-    share a key, they become the positions of one query; transformers would copy keys and values for each of them."""
+    """Attention of one new token each: query (B,heads,1,D), key and value (B,kv_heads,room,D). Where
+    several heads share a key, they become the positions of one query; transformers would copy keys and
+    values for each of them."""
     groups = getattr(module, "num_key_value_groups", 1)
     if query.shape[2] > 1 or groups == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -1290,7 +1364,8 @@ def grouped_attention(module, query, key, value, attention_mask, **kwargs):
     return out.reshape(B, heads, 1, D).transpose(1, 2).contiguous(), None
 
 
-# "causal" has no function that makes masks, so none is made, also under torch.compile: the fast kernels need that
+# "causal" has no function that makes masks, so none is made, also under torch.compile: the fast kernels
+# need that
 AttentionInterface.register("causal", sdpa_attention_forward)
 AttentionInterface.register("grouped", grouped_attention)
 AttentionMaskInterface.register("grouped", sdpa_mask)
@@ -1298,7 +1373,8 @@ AttentionMaskInterface.register("grouped", sdpa_mask)
 
 @contextlib.contextmanager
 def attention(model, name):
-    """Let a decoder-only model use another attention function, if it would use torch's without a sliding window."""
+    """Let a decoder-only model use another attention function, if it would use torch's without a sliding
+    window."""
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     plain = kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
@@ -1315,9 +1391,10 @@ def attention(model, name):
 def response_states(model, compiled=False):
     """A function batch -> (R,H): the hidden states from which the output head predicts the response tokens.
 
-    Decoder-only models run right-padded and without a mask: a causal model never looks to the right, and without a
-    mask the fast attention kernels serve. T5 scales the states before a tied head; that is done here. Under autocast
-    states have its dtype: after a final norm with fp32 weights they have not, and the head would run in fp32.
+    Decoder-only models run right-padded and without a mask: a causal model never looks to the right, and
+    without a mask the fast attention kernels serve. T5 scales the states before a tied head; that is done
+    here. Under autocast states have its dtype: after a final norm with fp32 weights they have not, and the
+    head would run in fp32.
     """
     if model.config.is_encoder_decoder:
         scale = state_scale(model)
@@ -1341,14 +1418,19 @@ def response_states(model, compiled=False):
 
 
 def state_scale(model):
+    """What the decoder's states are multiplied with before the head: not 1 for a T5 with tied
+    embeddings."""
     return model.config.d_model ** -0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
 
 
 def try_compile(function, **options):
-    """torch.compile, or after one line the plain function, where the machine cannot compile (no C++ compiler, say)."""
-    # the limit counts the recompilations of all models that share a line of code, and past it they run uncompiled
+    """torch.compile, or after one line the plain function, where the machine cannot compile (no C++
+    compiler, say)."""
+    # the limit counts the recompilations of all models that share a line of code, and past it they run
+    # uncompiled
     torch._dynamo.config.recompile_limit = 64
-    torch._functorch.config.force_non_lazy_backward_lowering = True  # compile backward passes inside the try below
+    # compile backward passes inside the try below
+    torch._functorch.config.force_non_lazy_backward_lowering = True
     state = {"call": torch.compile(function, **options)}
 
     def call(*args):
@@ -1365,7 +1447,8 @@ def try_compile(function, **options):
 
 
 def head(model):
-    """Weight (V,H) and bias (V,) or None of the output layer, cut to the vocabulary shared with the other model."""
+    """Weight (V,H) and bias (V,) or None of the output layer, cut to the vocabulary shared with the other
+    model."""
     layer, V = model.get_output_embeddings(), model.vocab
     weight, bias = layer.weight, getattr(layer, "bias", None)
     if V == len(weight):  # a slice, even of everything, would cost a padded copy of the gradient
@@ -1374,16 +1457,20 @@ def head(model):
 
 
 def project(hidden, weight, bias):
-    """(r,H) -> (r,V) fp32 logits. The product runs in the dtype of `hidden`; softmaxes of bf16 logits are 5 % off."""
-    return F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)).float()
+    """(r,H) -> (r,V) fp32 logits. The product runs in the dtype of `hidden`; softmaxes of bf16 logits are 5
+    % off."""
+    dtype = hidden.dtype
+    return F.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype)).float()
 
 
 def head_logits(model, hidden):
+    """(r,H) -> (r,V) fp32 logits of a model, V cut to the vocabulary that both models share."""
     return project(hidden, *head(model))
 
 
 def chunks(rows, vocab, device):
-    """Equal slices of rows whose fp32 logits take at most 16 MB on a CPU (near the cache) or 1 GB on a GPU."""
+    """Equal slices of rows whose fp32 logits take at most 16 MB on a CPU (near the cache) or 1 GB on a
+    GPU."""
     most = max(1, (2**30 if device.type == "cuda" else 2**24) // (4 * vocab))
     size = math.ceil(rows / math.ceil(rows / most)) if rows else 1
     return [slice(i, i + size) for i in range(0, max(1, rows), size)]
@@ -1392,15 +1479,15 @@ def chunks(rows, vocab, device):
 class _RowwiseLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, row_loss, teacher_logits, targets, hidden, weight, bias):
-        # Per chunk: logits, the method's loss, and at once the gradients of hidden states and head, these in fp32.
-        # No (R,V) tensor outlives its chunk and nothing is computed twice.
+        # Per chunk: logits, the method's loss, and at once the gradients of hidden states and head, these
+        # in fp32. No (R,V) tensor outlives its chunk and nothing is computed twice.
         low = weight.to(hidden.dtype)
         want = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         grad_hidden = torch.zeros_like(hidden) if want else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if want and bias is not None else None
         totals = 0.0
-        with torch.autocast(hidden.device.type, enabled=False):  # else it would turn the logits back into bf16
+        with torch.autocast(hidden.device.type, enabled=False):  # else logits would become bf16 again
             for rows in chunks(len(targets), len(weight), hidden.device):
                 logits = project(hidden[rows], low, bias).requires_grad_(want)
                 with torch.set_grad_enabled(want):  # a Function's forward runs without grad
@@ -1423,16 +1510,19 @@ class _RowwiseLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # grad[0] belongs to the loss; the other entries are there to be logged
-        return None, None, None, *(None if g is None else g * grad[0].to(g.dtype) for g in ctx.saved_tensors)
+        scale = lambda g: None if g is None else g * grad[0].to(g.dtype)
+        return None, None, None, *map(scale, ctx.saved_tensors)
 
 
 def rowwise_loss(row_loss, student, hidden, targets, teacher=None, teacher_hidden=None):
-    """Sums a loss of logits over all rows in flat memory; differentiable in student states (R,H) and student head.
+    """Sum a loss of logits over all rows, in memory that does not grow with R V; differentiable in student
+    states (R,H) and student head.
 
-    row_loss(student_logits (r,V), teacher_logits (r,V) or None, targets (r,)) -> tuple of (r,): the first is the
-    loss, the others are logged; logits are fp32. Returns the *sum* of each over the R rows: divide once, by the
-    response tokens of the whole optimizer step. Taking the gradient inside the forward pass is the idea of
-    Liger-Kernel's fused losses (Hsu et al. 2024, https://arxiv.org/abs/2410.10989), here for any loss of rows.
+    row_loss(student_logits (r,V), teacher_logits (r,V) or None, targets (r,)) -> tuple of (r,): the first
+    is the loss, the others are logged; logits are fp32. Returns (k,), the *sum* of each over the R rows, of
+    which only the first has a gradient: divide once, by the response tokens of the whole optimizer step.
+    Taking the gradient inside the forward pass is the idea of Liger-Kernel's fused losses (Hsu et al. 2024,
+    https://arxiv.org/abs/2410.10989), here for any loss of rows.
     """
     def teacher_logits(rows):
         with torch.no_grad():
@@ -1442,8 +1532,9 @@ def rowwise_loss(row_loss, student, hidden, targets, teacher=None, teacher_hidde
 
 
 def token_logprobs(model, hidden, targets):
-    """(R,H), (R,) -> (R,) log-probabilities of the observed tokens; differentiable. For losses in which the weight of
-    a row depends on its whole response. Logits of up to 1 GB (256 MB on a CPU) are kept, more computed again."""
+    """(R,H), (R,) -> (R,) log-probabilities of the observed tokens; differentiable. For losses in which the
+    weight of a row depends on its whole response. Logits of up to 1 GB (256 MB on a CPU) are kept, more
+    computed again."""
     def piece(h, t, weight, bias):
         return log_softmax_at(project(h, weight, bias), t)
 
@@ -1456,7 +1547,8 @@ def token_logprobs(model, hidden, targets):
 
 @torch.no_grad()
 def row_scalars(row_values, model, hidden, targets):
-    """The values (r,) that row_values(logits (r,V) fp32, targets (r,)) gives, for all R rows: a tuple of (R,)."""
+    """The values (r,) that row_values(logits (r,V) fp32, targets (r,)) gives, for all R rows: a tuple of
+    (R,)."""
     with torch.autocast(hidden.device.type, enabled=False):
         parts = [row_values(head_logits(model, hidden[rows].to(model.dtype)), targets[rows])
                  for rows in chunks(len(targets), model.vocab, hidden.device)]
@@ -1475,7 +1567,8 @@ def log_softmax_at(logits, targets):
 
 
 def teacher_states(teacher, batches, cfg):
-    """batch -> (R,H) from the teacher; with --cache-gib, remembered for every example from the first epoch on."""
+    """batch -> (R,H) from the teacher; with --cache-gib, remembered for every example from the first epoch
+    on."""
     states = response_states(teacher, cfg.compile)
     if cfg.cache_gib > 0:
         return CachedStates(states, batches.examples, teacher, cfg.cache_gib * 2**30)
@@ -1483,9 +1576,10 @@ def teacher_states(teacher, batches, cfg):
 
 
 class CachedStates:
-    """The teacher's final hidden states of fixed responses, computed once: with the head they give the exact, full
-    distribution at 2H (bf16) or 4H bytes a token, against 2V or 4V for logits. They live with the run, in memory or,
-    beyond `limit` bytes, in a memory-mapped temporary file, so no other teacher or data can ever meet them."""
+    """The teacher's final hidden states of fixed responses, computed once: with the head they give the
+    exact, full distribution at 2H (bf16) or 4H bytes a token, against 2V or 4V for logits. They live with
+    the run, in memory or, beyond `limit` bytes, in a memory-mapped temporary file, so no other teacher or
+    data can ever meet them."""
 
     def __init__(self, states, examples, model, limit):
         self.states, self.known = states, np.zeros(len(examples), dtype=bool)
@@ -1510,20 +1604,22 @@ class CachedStates:
         return states
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Sampling
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def sample(model, prompts, max_new, temperature=1.0, top_k=0, seed=0, eos=None, batch_size=256, compiled=False,
-           static=None, top_p=1.0, dtype=None):
-    """Prompts (lists of token ids) -> (responses as lists of token ids, their token log-probs as (n,) tensors).
+def sample(model, prompts, max_new, temperature=1.0, top_k=0, seed=0, eos=None, batch_size=256,
+           compiled=False, static=None, top_p=1.0, dtype=None):
+    """Prompts (lists of token ids) -> (responses as lists of token ids, their token log-probs as (n,)
+    tensors).
 
-    By default from the very distribution that is scored: T = 1, no truncation, no dropout; temperature 0 is greedy.
-    A response ends with its first EOS, or without one after max_new tokens. Log-probs are those of the sampling
-    distribution. Draws are argmax(logits + Gumbel noise), which is exact and needs no host sync. On a GPU (`static`)
-    one compiled step under CUDA graphs on a fixed-size cache, with a look for "all done" every 16 tokens; elsewhere
-    a growing cache, which finished rows leave at once. `dtype`: what the model is trained in under autocast, so that
-    what is sampled is what is scored.
+    By default from the very distribution that is scored: T = 1, no truncation, no dropout; temperature 0 is
+    greedy. A response ends with its first EOS, or without one after max_new tokens. Log-probs are those of
+    the sampling distribution (at temperature 0 of the model's). A draw is argmax(logits + Gumbel noise):
+    exact, and the GPU need not wait for the CPU. On a GPU (`static`) one compiled step under CUDA graphs on
+    a fixed-size cache, with a look for "all done" every 16 tokens; elsewhere a growing cache, which
+    finished rows leave at once. `dtype`: what the model is trained in under autocast, so that what is
+    sampled is what is scored.
     """
     was_training = model.training
     static = model.device.type == "cuda" if static is None else static
@@ -1538,8 +1634,8 @@ def sample(model, prompts, max_new, temperature=1.0, top_k=0, seed=0, eos=None, 
     for i in range(0, len(order), batch_size):
         ids = order[i:i + batch_size]
         with torch.autocast(model.device.type, dtype, enabled=low), attention(sampler, "grouped"):
-            tokens, logprobs = _sample_batch(sampler, [prompts[j] for j in ids], max_new, temperature, top_k, top_p,
-                                             generator, eos, compiled, static)
+            tokens, logprobs = _sample_batch(sampler, [prompts[j] for j in ids], max_new, temperature,
+                                             top_k, top_p, generator, eos, compiled, static)
         for j, t, lp in zip(ids, tokens.tolist(), logprobs):
             n = t.index(eos) + 1 if eos in t else max_new  # the first EOS counts, nothing after it
             out[j] = t[:n], lp[:n].clone()
@@ -1548,11 +1644,12 @@ def sample(model, prompts, max_new, temperature=1.0, top_k=0, seed=0, eos=None, 
 
 
 def decode_step(model, cache, tokens, position_ids, attend, mask, memory):
-    """One step of the decoder: (B,1) tokens (or (B,P) prompts) -> (B,V) fp32 logits of the next one. `cache` is a
-    keyword argument, {its name: the cache}."""
+    """One step of the decoder: (B,1) tokens (or (B,P) prompts) -> (B,V) fp32 logits of the next one.
+    `cache` is a keyword argument, {its name: the cache}."""
     if memory is not None:
-        hidden = model.get_decoder()(input_ids=tokens, encoder_hidden_states=memory, encoder_attention_mask=mask,
-                                     use_cache=True, **cache)[0] * state_scale(model)
+        hidden = model.get_decoder()(input_ids=tokens, encoder_hidden_states=memory,
+                                     encoder_attention_mask=mask, use_cache=True, **cache)[0]
+        hidden = hidden * state_scale(model)
     else:
         hidden = model.base_model(input_ids=tokens, attention_mask=attend, position_ids=position_ids,
                                   use_cache=True, **cache)[0]
@@ -1560,6 +1657,8 @@ def decode_step(model, cache, tokens, position_ids, attend, mask, memory):
 
 
 def _sample_batch(model, prompts, max_new, temperature, top_k, top_p, generator, eos, compiled, static):
+    """One batch of `sample`: tokens and log-probs (B,max_new) on the CPU. What stands after a row's first
+    EOS has no meaning. `alive` holds the batch positions of the rows that are still computed."""
     device, B, P = model.device, len(prompts), max(map(len, prompts))
     is_encdec = model.config.is_encoder_decoder
     prompt = pad(prompts, P, left=not is_encdec).to(device)           # (B,P)
@@ -1582,7 +1681,7 @@ def _sample_batch(model, prompts, max_new, temperature, top_k, top_p, generator,
     if static and compiled and not hasattr(model, "fast_step"):
         model.fast_step = try_compile(decode_step, mode="reduce-overhead")
     decoder = model.get_decoder() if is_encdec else model.base_model
-    renamed = "cache" in inspect.signature(decoder.forward).parameters  # transformers 5.24 gave it another name
+    renamed = "cache" in inspect.signature(decoder.forward).parameters  # since transformers 5.24
     cache_argument = {"cache" if renamed else "past_key_values": cache}
     out, logprobs = torch.full((B, max_new), eos, device=device), torch.zeros(B, max_new, device=device)
     done, alive = torch.zeros(B, dtype=torch.bool, device=device), torch.arange(B, device=device)
@@ -1593,7 +1692,8 @@ def _sample_batch(model, prompts, max_new, temperature, top_k, top_p, generator,
         logits = truncated(logits / temperature if temperature > 0 else logits, top_k, top_p)
         token = (logits + gumbel(logits, generator) if temperature > 0 else logits).argmax(-1)  # (B,)
         out[alive, t], logprobs[alive, t] = torch.where(done, eos, token), log_softmax_at(logits, token)
-        done, tokens, position_ids = done | (token == eos), token[:, None], None if is_encdec else n[:, None] + t
+        done, tokens = done | (token == eos), token[:, None]
+        position_ids = None if is_encdec else n[:, None] + t
         if static:
             if t % 16 == 15 and done.all():
                 break
@@ -1602,13 +1702,15 @@ def _sample_batch(model, prompts, max_new, temperature, top_k, top_p, generator,
         elif done.sum() * 8 > len(done):  # those that are done leave the batch
             keep = (~done).nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            alive, done, tokens, n, mask, position_ids, attend, memory = \
-                [x if x is None else x[keep] for x in (alive, done, tokens, n, mask, position_ids, attend, memory)]
+            alive, done, tokens, n, mask, position_ids, attend, memory = (
+                x if x is None else x[keep]
+                for x in (alive, done, tokens, n, mask, position_ids, attend, memory))
     return out.cpu(), logprobs.cpu()
 
 
 def truncated(logits, top_k, top_p):
-    """(B,V) -> (B,V), -inf outside the k likeliest tokens, and outside the fewest that hold the share top_p."""
+    """(B,V) -> (B,V), -inf outside the k likeliest tokens, and outside the fewest that hold the share
+    top_p."""
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -1620,7 +1722,8 @@ def truncated(logits, top_k, top_p):
 
 
 def gumbel(like, generator):
-    """Gumbel(0,1) = -log(Exponential(1)) noise of that shape; clamped, for an exponential of 0 would be infinite."""
+    """Gumbel(0,1) = -log(Exponential(1)) noise of that shape; clamped, for an exponential of 0 would be
+    infinite."""
     if like.device.type == "cpu":  # bit by bit what exponential_ draws there, in a third of the time
         uniform = torch.rand(like.shape, generator=generator, dtype=torch.float64)
         noise = uniform.neg_().log1p_().neg_().to(like.dtype)
@@ -1633,9 +1736,9 @@ STEP = 64  # tokens of room that a cache adds at a time
 
 
 class PreallocatedLayer(DynamicLayer):
-    """transformers' DynamicLayer appends by torch.cat, so that every token costs a copy of all before it; here keys
-    and values are written into room that is there already. The numbers are the same."""
-    room = None  # [keys, values], (B,heads,more than enough,D); self.keys and self.values are views of its beginning
+    """transformers' DynamicLayer appends by torch.cat, so that every token costs a copy of all before it;
+    here keys and values are written into room that is there already. The numbers are the same."""
+    room = None  # [keys, values], (B,heads,more than enough,D); self.keys and self.values are views of it
 
     def update(self, key_states, value_states, *args, **kwargs):
         begin = self.get_seq_length()
@@ -1664,7 +1767,8 @@ _static_caches = weakref.WeakKeyDictionary()  # model: {(use, batch, room): cach
 
 
 def static_cache(model, config, use, batch, room):
-    """A StaticCache, the same one for the same sizes: a CUDA graph is tied to the addresses it was recorded with."""
+    """A StaticCache, the same one for the same sizes: a CUDA graph is tied to the addresses it was recorded
+    with."""
     kept = _static_caches.setdefault(model, {})
     if (use, batch, room) not in kept:
         if len(kept) == 8:
@@ -1675,8 +1779,8 @@ def static_cache(model, config, use, batch, room):
 
 
 def cache_rows(model, length):
-    """How many sequences of that length have keys and values of 16 GiB together: a fixed number, not what is free now,
-    since the noise of a sample hangs on its batch."""
+    """How many sequences of that length have keys and values of 16 GiB together: a fixed number, not what
+    is free now, since the noise of a sample depends on its batch."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -1688,8 +1792,8 @@ _low_copies = weakref.WeakKeyDictionary()  # model: its copy
 
 
 def low_copy(model, dtype):
-    """A copy of a model with fp32 weights, whose matrices are `dtype` already: what autocast would make of them at
-    every token. It is made once and gets the model's present weights at each call."""
+    """A copy of a model with fp32 weights, whose matrices are `dtype` already: what autocast would make of
+    them at every token. It is made once and gets the model's present weights at each call."""
     if model not in _low_copies:
         made = _low_copies[model] = copy.deepcopy(model).requires_grad_(False)
         for layer in made.modules():
@@ -1703,45 +1807,52 @@ def low_copy(model, dtype):
     return made
 
 
-def sampled(model, examples, tokenizer, cfg, temperature=1.0, seed=0, role="student"):
-    """The examples with responses of the model in place of their own."""
+def answer_examples(model, examples, tokenizer, cfg, temperature=1.0, seed=0, role="student"):
+    """Copies of the examples with responses of the model, sampled as in `sample`, of at most --max-response
+    tokens; one that was cut lacks its EOS."""
     prompts = [e.prompt if role == "student" else e.teacher_prompt for e in examples]
-    responses, _ = sample(model, prompts, cfg.max_response, temperature, seed=seed, eos=tokenizer.eos_token_id,
-                          compiled=cfg.compile, dtype=compute_dtype(cfg, model.device))
+    responses, _ = sample(model, prompts, cfg.max_response, temperature, seed=seed,
+                          eos=tokenizer.eos_token_id, compiled=cfg.compile,
+                          dtype=compute_dtype(cfg, model.device))
     return [dataclasses.replace(e, response=r) for e, r in zip(examples, responses)]
 
 
 def teacher_answers(teacher, examples, tokenizer, cfg):
-    """The examples with the teacher's responses (T = 1, drawn once), kept on disk under teacher, prompts and seed."""
-    what = [fingerprint(teacher), str(teacher.dtype), [e.teacher_prompt for e in examples], cfg.max_response, cfg.seed]
+    """The examples with the teacher's responses (T = 1, drawn once), kept on disk under teacher, prompts
+    and seed."""
+    prompts = [e.teacher_prompt for e in examples]
+    what = [fingerprint(teacher), str(teacher.dtype), prompts, cfg.max_response, cfg.seed]
     file = cache_dir() / f"answers-{hashlib.sha1(json.dumps(what).encode()).hexdigest()[:20]}.json"
     with rank0_first():
         if file.is_file():
             responses = json.loads(file.read_text())
         else:
             print(f"the teacher answers {len(examples)} prompts ...", flush=True)
-            answered = sampled(teacher, examples, tokenizer, cfg, seed=cfg.seed, role="teacher")
+            answered = answer_examples(teacher, examples, tokenizer, cfg, seed=cfg.seed, role="teacher")
             responses = [e.response for e in answered]
             part = file.with_suffix(f".{os.getpid()}")
             part.write_text(json.dumps(responses))
             os.replace(part, file)
     cut = sum(r[-1] != tokenizer.eos_token_id for r in responses)
-    print(f"teacher responses: {len(responses)}, of which {cut} reach --max-response without an end", flush=True)
+    print(f"teacher responses: {len(responses)}, of which {cut} reach "
+          "--max-response without an end", flush=True)
     return [dataclasses.replace(e, response=r) for e, r in zip(examples, responses)]
 
 
 def show_samples(run, model, examples, tokenizer, cfg):
-    """Print what the model says to the first two examples: the same prompts and seed at every evaluation."""
-    for e in sampled(model, examples[:2], tokenizer, cfg, seed=7):
+    """Print what the model says to the first two examples: the same prompts and seed at every
+    evaluation."""
+    for e in answer_examples(model, examples[:2], tokenizer, cfg, seed=7):
         said = tokenizer.decode(e.response, skip_special_tokens=True)
         run.print(f"      {e.row['prompt'][:90]!r} -> {said[:160]!r}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Scores of texts, held by tests/test_evaluation.py to rouge-score
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def rouge_l(candidate, references):
-    """ROUGE-L F1 in 0..1 (Lin 2004), the best over the references; tokens as in rouge-score without stemming."""
+    """ROUGE-L F1 in 0..1 (Lin 2004), the best over the references; tokens as in rouge-score without
+    stemming."""
     a, best = re.findall(r"[a-z0-9]+", candidate.lower()), 0.0
     for reference in references:
         b, where, row = re.findall(r"[a-z0-9]+", reference.lower()), {}, 0
@@ -1756,6 +1867,7 @@ def rouge_l(candidate, references):
 
 
 def grams(words, n):
+    """How often each n-gram occurs."""
     return Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
 
 
@@ -1765,13 +1877,15 @@ def distinct(texts, n):
     return len(all_grams) / max(1, sum(all_grams.values()))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The evaluation: one for all methods
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def per_response(row_values, student, teacher, examples, cfg, role="student", batch_size=64):
-    """(len(examples), k): for each response the sums over its tokens of the k values that row_values(student_logits,
-    teacher_logits, targets) gives for each row. Logits never outlive their chunk."""
+    """(len(examples), k) float64 on the CPU: for each response the sums over its tokens of the k values
+    that row_values(student_logits, teacher_logits or None, targets) gives for each row. `student` is any
+    model to be measured, `role` whose template it reads. Without gradient and dropout; logits never outlive
+    their chunk."""
     out, states, teacher_fwd = [], response_states(student), teacher and response_states(teacher)
     was_training = student.training
     student.eval()  # no dropout in what is reported
@@ -1781,13 +1895,17 @@ def per_response(row_values, student, teacher, examples, cfg, role="student", ba
         batch = collate(part, student, role).to(student.device)
         with torch.autocast(student.device.type, dtype, enabled=dtype != torch.float32):
             hidden = states(batch)
-            teacher_hidden = teacher_fwd(collate(part, teacher, "teacher").to(teacher.device)) if teacher else None
+            if teacher:
+                teacher_hidden = teacher_fwd(collate(part, teacher, "teacher").to(teacher.device))
         sums = 0.0
         for rows in chunks(len(batch.targets), student.vocab, student.device):
-            teacher_logits = head_logits(teacher, teacher_hidden[rows].to(teacher.dtype)) if teacher else None
+            teacher_logits = None
+            if teacher:
+                teacher_logits = head_logits(teacher, teacher_hidden[rows].to(teacher.dtype))
             values = row_values(head_logits(student, hidden[rows]), teacher_logits, batch.targets[rows])
             values = torch.stack(values, -1)  # (r,k)
-            sums = sums + values.new_zeros(len(part), values.shape[-1]).index_add_(0, batch.owner[rows], values)
+            zeros = values.new_zeros(len(part), values.shape[-1])
+            sums = sums + zeros.index_add_(0, batch.owner[rows], values)
         out.append(sums.cpu().double())
     student.train(was_training)
     return torch.cat(out)
@@ -1802,31 +1920,39 @@ def both_kl(student_logits, teacher_logits, targets):
 def make_evaluator(cfg, teacher, tokenizer, examples, seed=1234):
     """A function model -> {metric: float} on `examples`, for teacher and student alike.
 
-    The distribution q of the model is measured as it is, or with logits divided by --eval-temperature; the teacher p
-    that it is compared with always as it is.
-      kl_pq, kl_qp      nats a response: the sum over its tokens of KL(p||q) on responses sampled from the teacher,
-                        of KL(q||p) on responses sampled from q (--kl-on references: both on the given responses)
-      entropy           nats a response: the sum over its tokens of the entropy of q, on responses sampled from q
+    The distribution q of the model is measured as it is, or with logits divided by --eval-temperature; the
+    teacher p that it is compared with always as it is.
+      kl_pq, kl_qp      nats a response: the sum over its tokens of KL(p||q) on responses sampled from the
+                        teacher, of KL(q||p) on responses sampled from q (--kl-on references: both on the
+                        given responses)
+      entropy           nats a response: the sum over its tokens of the entropy of q, on samples of q
       ce                nats a token, on the given responses
-      rouge_l, exact_match, distinct_n, length, no_end    of responses sampled from q; ..._greedy: of greedy ones
+      rouge_l, exact_match, distinct_1, distinct_2, length, no_end    of samples of q; ..._greedy: of greedy
+                        responses
     Where every row knows all right answers and their probabilities (a tiny world):
       valid             in place of exact_match: the share of generated texts that are right
       valid_mass        the probability that q gives to right answers: `valid` without the noise of sampling
+      valid_<kind>      valid_mass of one kind of prompt, its first word
       mode_i            the share of wording i among the right answers, by that probability
-      mode_distance     the total variation between those shares and the teacher's, mean over kinds of prompt
+      mode_distance     total variation (0 to 1) of those shares and the teacher's, mean over the kinds
     """
     labelled = [e for e in examples if e.response]
-    references = [e.row.get("references") or ([e.row["response"]] if e.row["response"] else []) for e in examples]
+    given = lambda row: [row["response"]] if row["response"] else []
+    references = [e.row.get("references") or given(e.row) for e in examples]
     truth = KnownAnswers(examples, tokenizer, cfg) if all("probs" in e.row for e in examples) else None
     tau = cfg.eval_temperature
-    kl = lambda q, p, y: both_kl(q / tau, p, y)
-    logprob = lambda q, p, y: (log_softmax_at(q / tau, y),)
-    entropy = lambda q, p, y: ((q / tau).logsumexp(-1) - ((q / tau).softmax(-1) * q / tau).sum(-1),)
+    kl = lambda logits, teacher_logits, targets: both_kl(logits / tau, teacher_logits, targets)
+    logprob = lambda logits, _, targets: (log_softmax_at(logits / tau, targets),)
+
+    def entropy(logits, *_):
+        logits = logits / tau
+        return (logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1),)
+
     from_teacher, teacher_shares = None, None
     if teacher is not None:
         from_teacher = labelled
         if cfg.kl_on == "samples":
-            from_teacher = sampled(teacher, examples, tokenizer, cfg, 1.0, seed, "teacher")
+            from_teacher = answer_examples(teacher, examples, tokenizer, cfg, 1.0, seed, "teacher")
         if truth:
             teacher_shares = truth.shares(truth.mass(teacher, "teacher", 1.0))
 
@@ -1841,7 +1967,8 @@ def make_evaluator(cfg, teacher, tokenizer, examples, seed=1234):
 
     def evaluate(model):
         m, role = {}, "teacher" if model is teacher else "student"
-        drawn, greedy = (sampled(model, examples, tokenizer, cfg, t, seed + 1, role) for t in (tau, 0.0))
+        drawn = answer_examples(model, examples, tokenizer, cfg, tau, seed + 1, role)
+        greedy = answer_examples(model, examples, tokenizer, cfg, 0.0, seed + 1, role)
         if from_teacher:
             m["kl_pq"], m["kl_qp"] = 0.0, 0.0
             if model is not teacher or tau != 1:
@@ -1869,22 +1996,25 @@ class KnownAnswers:
 
     def __init__(self, examples, tokenizer, cfg):
         encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-        self.answers = [dataclasses.replace(e, response=encode(r)) for e in examples for r in e.row["references"]]
+        self.answers = [dataclasses.replace(e, response=encode(r))
+                        for e in examples for r in e.row["references"]]
         self.cfg, self.n = cfg, len(examples)
         kinds = np.array([e.row["prompt"].split(" ")[0] for e in examples])
         self.of_kind = {kind: torch.from_numpy(kinds == kind) for kind in sorted(set(kinds))}
 
     def mass(self, model, role, tau):
         """(rows, wordings): the probability of every right answer."""
-        logprob = lambda q, p, y: (log_softmax_at(q / tau, y),)
+        logprob = lambda logits, _, targets: (log_softmax_at(logits / tau, targets),)
         return per_response(logprob, model, None, self.answers, self.cfg, role).exp().view(self.n, -1)
 
     def shares(self, mass):
-        """(rows, wordings) -> (kinds, wordings): how the probability of right answers falls to the wordings."""
+        """(rows, wordings) -> (kinds, wordings): how the probability of right answers falls to the
+        wordings."""
         by_kind = torch.stack([mass[rows].sum(0) for rows in self.of_kind.values()])
         return by_kind / by_kind.sum(-1, keepdim=True).clamp(min=1e-30)
 
     def metrics(self, model, role, tau, teacher_shares):
+        """valid_mass, mode_distance, mode_<i> and valid_<kind>, as in make_evaluator."""
         mass = self.mass(model, role, tau)
         shares = self.shares(mass)
         m = {"valid_mass": mass.sum(-1).mean().item()}
@@ -1894,14 +2024,16 @@ class KnownAnswers:
         return m | {f"valid_{k}": mass[rows].sum(-1).mean().item() for k, rows in self.of_kind.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Tasks in text (gold.py): their table, the LLM, reading and checking of samples, scores
-# ---------------------------------------------------------------------------------------------------------------
-# An entry of data/tasks.json, or a JSON file of that form, says which data set, which of its columns are fields, what
-# the labels are called and mean. Entries without "labels" are text-to-text: the label is then a free text, the answer.
+# ----------------------------------------------------------------------------------------------------------
+# An entry of data/tasks.json, or a JSON file of that form, says which data set, which of its columns are
+# fields, what the labels are called and mean. Entries without "labels" are text-to-text: the label is then
+# a free text, the answer.
 SLOT = re.compile(r"\{([^{}]+)\}")
 TASK = {"data": "", "world": "", "train": "train", "test": "test", "about": "", "fields": {}, "label": "",
-        "labels": {}, "label_name": "Label", "student": "", "shots": 3, "max_new": 256, "lengths": [3, 2000],
+        "labels": {}, "label_name": "Label", "student": "", "shots": 3, "max_new": 256,
+        "lengths": [3, 2000],
         "check": "", "metric": "exact", "stop": ["\n\n", "\nSample "], "write": {}, "solve": {}}
 
 
@@ -1914,13 +2046,15 @@ def load_task(name):
         elif name in entries:
             entry, where = entries[name], f"task {name}"
         else:
-            raise BadInput(f"--task {name}: no such entry; there are {', '.join(entries)}, or give a .json file")
+            raise BadInput(f"--task {name}: no such entry; there are {', '.join(entries)}, "
+                           "or give a .json file")
     except (OSError, ValueError, RecursionError) as e:
         raise BadInput(f"--task {name}: cannot be read as JSON ({first_line(e)})") from None
     if not isinstance(entry, dict):
         raise BadInput(f"{where}: an object is wanted, with fields, label, student and about")
     if unknown := set(entry) - set(TASK):
-        raise BadInput(f"{where}: unknown {', '.join(sorted(map(repr, unknown)))}; known: {', '.join(TASK)}")
+        raise BadInput(f"{where}: unknown {', '.join(sorted(map(repr, unknown)))}; "
+                       f"known: {', '.join(TASK)}")
     task = {**TASK, **entry, "name": Path(name).stem}
     for key, default in TASK.items():  # of the type of its default, and so are its parts
         value, of = task[key], type(default[0]) if isinstance(default, list) else str
@@ -1931,8 +2065,9 @@ def load_task(name):
         if key in ("fields", "label", "student") and not value:
             raise BadInput(f"{where}: {key!r} is missing; a task needs fields, label, student and about")
     label, named = f"{task['label_name']}: {{label}}", [f"{f}: {{{f}}}" for f in task["fields"]]
-    first_the_label = {"write": [label, *named] if task["labels"] else [*named, label], "solve": [*named, label]}
-    for mode, lines in first_the_label.items():
+    # where there are labels, the label is written first
+    forms = {"write": [label, *named] if task["labels"] else [*named, label], "solve": [*named, label]}
+    for mode, lines in forms.items():
         task[mode] = {"sample": "\n".join(lines), **task[mode]}
         slots = SLOT.findall(task[mode]["sample"])
         if sorted(slots) != sorted([*task["fields"], "label"]):
@@ -1942,11 +2077,13 @@ def load_task(name):
         if other := set(SLOT.findall(template)) - set(task["fields"]):
             raise BadInput(f"{where}: {template!r} names {', '.join(sorted(other))}, which is no field")
     if task["check"] not in FILTERS or task["metric"] not in ("exact", "equation", "rouge_l"):
-        raise BadInput(f"{where}: check is one of {', '.join(map(repr, FILTERS))}, metric of exact, equation, rouge_l")
+        raise BadInput(f"{where}: check is one of {', '.join(map(repr, FILTERS))}, "
+                       "metric of exact, equation, rouge_l")
     low, high, *more = [*task["lengths"], -1, -1]
-    if len(more) != 2 or not 0 <= low <= high or not 0 <= task["shots"] < 10**6 or not 0 < task["max_new"] < 10**6:
-        raise BadInput(f"{where}: lengths are two, the fewest and the most characters; shots is 0 or more, max_new 1 "
-                       "or more")
+    fine = len(more) == 2 and 0 <= low <= high
+    if not fine or not 0 <= task["shots"] < 10**6 or not 0 < task["max_new"] < 10**6:
+        raise BadInput(f"{where}: lengths are two, the fewest and the most characters; "
+                       "shots is 0 or more, max_new 1 or more")
     worlds = {t.get("world", "") for t in entries.values()}
     if task["world"] not in worlds:  # it names a program: nobody else's
         raise BadInput(f"{where}: world is one of {', '.join(sorted(filter(None, worlds)))}, or absent")
@@ -1954,12 +2091,14 @@ def load_task(name):
 
 
 def sample_reader(task):
-    """A function (raw record, where, cfg) -> row: prompt and response of the student, the sample, all right answers."""
+    """A function (raw record, where, cfg) -> row: prompt and response of the student, the sample, all right
+    answers."""
     def column(record, name, where):
         for part in name.split("."):
             if not isinstance(record, dict) or part not in record:
                 there = ", ".join(map(str, record))[:80] or "nothing"
-                raise BadInput(f"{where}: no field {name!r} (there: {there}): see 'fields' and 'label' of the task")
+                raise BadInput(f"{where}: no field {name!r} (there: {there}): "
+                               "see 'fields' and 'label' of the task")
             record = record[part]
         return record
 
@@ -1970,7 +2109,8 @@ def sample_reader(task):
             if isinstance(label, str) and label.isdigit() and label not in words:
                 label = int(label)  # a class number that came through a CSV file
             if not (isinstance(label, int) and 0 <= label < len(words) or label in words):
-                raise BadInput(f"{where}: unknown label {label!r}: the task has {', '.join(words)}, or numbers from 0")
+                raise BadInput(f"{where}: unknown label {label!r}: the task has {', '.join(words)}, "
+                               "or numbers from 0")
             label = words[label] if isinstance(label, int) else label
         right = [str(x) for x in (label if isinstance(label, list) else [label])] or [""]
         sample["label"] = right[0]
@@ -1986,7 +2126,8 @@ def student_row(task, sample):
 
 
 def check_labels(task, tokenizer):
-    """Label words may be of several tokens, but the student's tokenizer must be able to tell and to write them."""
+    """Label words may be of several tokens, but the student's tokenizer must be able to tell and to write
+    them."""
     spelled = {w: tuple(tokenizer(w, add_special_tokens=False).input_ids) for w in task["labels"]}
     for w, ids in spelled.items():
         twice = list(spelled.values()).count(ids) > 1
@@ -1996,8 +2137,9 @@ def check_labels(task, tokenizer):
 
 
 class LLM:
-    """A black box: prompts in, texts out, in one batched call. What it wrote is kept in `file`, a line a call, as soon
-    as it is there; a resumed run gets the same texts from the file instead of asking again."""
+    """A black box: prompts in, texts out, in one batched call. What it wrote is kept in `file`, a line a
+    call, as soon as it is there; a resumed run gets the same texts from the file instead of asking
+    again."""
 
     def __init__(self, model, tokenizer, file, max_prompt, max_new, seed, compiled=False):
         self.model, self.tokenizer, self.file = model, tokenizer, Path(file)
@@ -2009,18 +2151,21 @@ class LLM:
         self.written, self.asked, self.kept = None, 0, 0
 
     def tokens(self, asked, begun):
-        """The user's turn through the chat template where there is one, then the beginning of the answer."""
+        """The user's turn through the chat template where there is one, then the beginning of the
+        answer."""
         if self.model.config.is_encoder_decoder:
             ids = self.encode(asked + begun)
         else:
             ids = self.encode(asked) + self.tokenizer(begun, add_special_tokens=False).input_ids
         if len(ids) > self.room:
-            raise BadInput(f"a prompt of {len(ids)} tokens does not fit: --llm-prompt and the LLM's context leave room "
-                           f"for {self.room}; raise it, or shorten the task's 'about', 'shots' or 'max_new'")
+            raise BadInput(f"a prompt of {len(ids)} tokens does not fit: "
+                           f"--llm-prompt and the LLM's context leave room for {self.room}; "
+                           "raise it, or shorten the task's 'about', 'shots' or 'max_new'")
         return ids
 
     def __call__(self, prompts, call, temperature=0.0, top_k=0, top_p=1.0):
-        """[(asked, begun)] -> texts. `call` names the call, so that its noise is its own and the same on resuming."""
+        """[(asked, begun)] -> texts. `call` names the call, so that its noise is its own and the same on
+        resuming."""
         tokens = [self.tokens(asked, begun) for asked, begun in prompts]
         if processes()[0] > 0:
             return broadcast(None)
@@ -2030,8 +2175,9 @@ class LLM:
         key = hashlib.sha1(what.encode()).hexdigest()[:20]
         if key not in self.written:
             seed = int(hashlib.sha1(json.dumps([self.seed, call]).encode()).hexdigest()[:15], 16)
-            responses, _ = sample(self.model, tokens, self.max_new, temperature, top_k=top_k, top_p=top_p, seed=seed,
-                                  eos=self.tokenizer.eos_token_id, batch_size=64, compiled=self.compiled)
+            responses, _ = sample(self.model, tokens, self.max_new, temperature, top_k=top_k, top_p=top_p,
+                                  seed=seed, eos=self.tokenizer.eos_token_id, batch_size=64,
+                                  compiled=self.compiled)
             self.written[key] = [self.tokenizer.decode(r, skip_special_tokens=True) for r in responses]
             with open(self.file, "a", encoding="utf-8") as f:
                 f.write(json.dumps({"call": call, "key": key, "texts": self.written[key]}) + "\n")
@@ -2053,7 +2199,8 @@ class LLM:
 
 
 def parse_sample(text, template, stop):
-    """An LLM's text -> {slot: text} by the template's words between the slots, or None where they do not fit."""
+    """An LLM's text -> {slot: text} by the template's words between the slots, or None where they do not
+    fit."""
     text = " " + text.strip()  # a completion that starts with a stop word is empty
     for word in stop:
         text = text.split(word)[0]
@@ -2064,11 +2211,13 @@ def parse_sample(text, template, stop):
     return match and dict(zip(pieces[1::2], match.groups()))
 
 
-OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+              ast.Div: operator.truediv}
 
 
 def value_of(equation):
-    """The value of an arithmetic expression of numbers, + - * / and parentheses, or None. Nothing is ever executed."""
+    """The value of an arithmetic expression of numbers, + - * / and parentheses, or None. Nothing is ever
+    executed."""
     def walk(node):
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
             return OPERATIONS[type(node.op)](walk(node.left), walk(node.right))
@@ -2088,7 +2237,7 @@ def value_of(equation):
 
 FILTERS = {
     "": lambda sample: True,
-    "substring": lambda sample: sample["label"] in next(iter(sample.values())),  # extractive: it is in the context
+    "substring": lambda sample: sample["label"] in next(iter(sample.values())),  # it is in the context
     "equation": lambda sample: value_of(sample["label"]) is not None,
 }
 
@@ -2112,8 +2261,8 @@ def score(task, text, row):
 
 
 def task_metrics(task, texts, rows):
-    """accuracy: the mean score, by the task's own distribution; where rows know their topic also that with every topic
-    as common as any other (uniform), and over rare topics only (tail)."""
+    """accuracy: the mean score, by the task's own distribution; where rows know their topic also that with
+    every topic as common as any other (uniform), and over rare topics only (tail)."""
     scores = np.array([score(task, t, r) for t, r in zip(texts, rows)])
     weights = np.array([r.get("weight", 1.0) for r in rows])
     m = {"rouge_l" if task["metric"] == "rouge_l" else "accuracy": float(scores @ weights / weights.sum())}
@@ -2126,18 +2275,20 @@ def task_metrics(task, texts, rows):
 
 
 def load_topics(cfg, world):
-    """The topics.json of a data folder, if it has one: what a tiny world knows about right samples. A list of
-    {"topic", "tail", "label", "patterns"}; the groups of a pattern, a regular expression, may be named in the label."""
+    """The topics.json of a data folder, if it has one: what a tiny world knows about right samples. A list
+    of {"topic", "tail", "label", "patterns"}; the groups of a pattern, a regular expression, may be named
+    in the label."""
     file = Path(resolve(cfg.data, "data", cfg.data, world)) / "topics.json"
     return json.loads(file.read_text()) if file.is_file() else []
 
 
 def coverage(samples, topics):
-    """What was written, where the truth is known: `topics` are those of a tiny world, [] elsewhere, which gives {}.
+    """What was written, where the truth is known: `topics` are those of a tiny world, [] elsewhere, which
+    gives {}.
 
-    modes: topics with at least 10 samples; tail_mass: the share of the rare ones; garbage: of what no topic can be
-    read from; label_errors: of wrong labels among the rest; garbage_ood, garbage_fed: garbage in what was to differ,
-    and in what was fed back.
+    modes: topics with at least 10 samples; tail_mass: the share of the rare ones; garbage: of what no topic
+    can be read from; label_errors: of wrong labels among the rest; garbage_ood, garbage_fed: garbage in
+    what was to differ, and in what was fed back.
     """
     if not topics:
         return {}
@@ -2160,27 +2311,34 @@ def coverage(samples, topics):
 
 
 def read_topic(sample, topics):
-    """(topic or None, whether the label is right): the first topic of which a pattern fits the whole text."""
+    """(topic or None, whether the label is right): the first topic of which a pattern fits the whole
+    text."""
     text = " ".join(v for k, v in sample.items() if k != "label")
     for topic in topics:
         for pattern in topic["patterns"]:
             if match := re.fullmatch(pattern, text):
-                return topic["topic"], sample["label"].split() == topic["label"].format(**match.groupdict()).split()
+                right = topic["label"].format(**match.groupdict())
+                return topic["topic"], sample["label"].split() == right.split()
     return None, False
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Caches and tiny worlds
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def cache_dir():
+    """Where tiny worlds, packed text and the teacher's answers are kept between runs."""
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kd-of-language-models"
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def resolve(name, role, data, world="answers"):
-    """The path behind a --teacher, --student or --data. "tiny" means the tiny world of --data tiny or tiny:N: its
-    rows, its teacher, its student after supervised fine-tuning ("tiny-kl": after KL distillation)."""
+    """The path behind a --teacher, --student or --data. "tiny" means the tiny world of --data tiny or
+    tiny:N: its rows, its teacher, its student after supervised fine-tuning ("tiny-kl": after KL
+    distillation)."""
+    if role == "teacher" and name == "tiny-kl":
+        raise BadInput("--teacher tiny-kl: that is a student of the tiny world; "
+                       "its teacher is --teacher tiny")
     if not re.fullmatch(r"tiny(:\d+)?" if role == "data" else "tiny(-kl)?", name):
         return name
     if not re.fullmatch(r"tiny(:\d+)?", data):
@@ -2192,11 +2350,11 @@ def resolve(name, role, data, world="answers"):
 
 
 def tiny_world(world, number, part="student"):
-    """Where tiny world `number` lies, with `part` of it: data, teacher, student or student-kl. On first use the
-    program data/<world>/prepare.py makes it.
+    """Where tiny world `number` lies, with `part` of it: data, teacher, student or student-kl. On first use
+    the program data/<world>/prepare.py makes it.
 
-    world: the name of that folder, "reviews:sums" is the kind sums of it. The directory's name has a hash of the
-    program, its grammar and Python's version, so that a changed world never meets an old teacher.
+    world: the name of that folder, "reviews:sums" is the kind sums of it. The directory's name has a hash
+    of the program, its grammar and Python's version, so that a changed world never meets an old teacher.
     """
     folder, _, kind = world.partition(":")
     sources = sorted(f for f in (HERE / "data" / folder).iterdir() if f.suffix in (".py", ".json"))
@@ -2222,15 +2380,18 @@ def tiny_world(world, number, part="student"):
 
 def run_program(command):
     """Run a command and pass on what it prints; it is not to know of torchrun's other processes."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    torchruns = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    env = {k: v for k, v in os.environ.items() if k not in torchruns}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
     if process.returncode:
-        raise RunFailed(f"{' '.join(command)} ended with status {process.returncode}: see what it printed above")
+        raise RunFailed(f"{' '.join(command)} ended with status {process.returncode}: "
+                        "see what it printed above")
 
 
 def move(made, target):
+    """A directory that was built aside to its place, in one piece."""
     try:
         os.replace(made, target)
     except OSError:  # another process was faster: use what it made
@@ -2238,9 +2399,9 @@ def move(made, target):
             raise
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # python common.py compare out/a out/b: runs side by side
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def compare(folders):
     """Print the settings in which runs differ and their metrics, and draw their validation curves."""
     runs = {}
@@ -2266,13 +2427,16 @@ def compare(folders):
     for k in [*names, "seconds", "peak_gib"]:
         cells = [result.get(k, "") for _, _, result in runs.values()]
         line(k.removeprefix("after."), [f"{c:.4f}" if isinstance(c, float) else c for c in cells])
-    draw_curves({name: [(x["step"], x["valid"]) for x in log if "valid" in x] for name, (_, log, _) in runs.items()},
-                (Path(folders[0]) if len(folders) == 1 else Path(folders[0]).parent) / "compare.png")
+    curves = {name: [(x["step"], x["valid"]) for x in log if "valid" in x]
+              for name, (_, log, _) in runs.items()}
+    folder = Path(folders[0]) if len(folders) == 1 else Path(folders[0]).parent
+    draw_curves(curves, folder / "compare.png")
 
 
 def draw_curves(curves, file):
     """{run: [(step, {metric: value})]} -> a picture with a panel for each headline that was logged."""
-    shown = [k for k in HEADLINES if any(k in metrics for points in curves.values() for _, metrics in points)][:6]
+    logged = {k for points in curves.values() for _, metrics in points for k in metrics}
+    shown = [k for k in HEADLINES if k in logged][:6]
     if not shown:
         print("no validation curves were logged: nothing to draw")
         return
@@ -2284,8 +2448,9 @@ def draw_curves(curves, file):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     columns = min(3, len(shown))
-    figure, axes = plt.subplots(math.ceil(len(shown) / columns), columns, squeeze=False, layout="constrained",
-                                figsize=(4.2 * columns, 3.2 * math.ceil(len(shown) / columns)))
+    rows = math.ceil(len(shown) / columns)
+    figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained",
+                                figsize=(4.2 * columns, 3.2 * rows))
     for k, axis in zip(shown, axes.flat):
         for name, points in curves.items():
             known = [(step, metrics[k]) for step, metrics in points if k in metrics]

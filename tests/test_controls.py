@@ -406,8 +406,8 @@ def test_reverse_kl_runs_and_falls(control_config, kind):
 
 
 def test_reverse_kl_learns_on_text_that_the_student_has_just_written(control_config, monkeypatch):
-    drawn, real = [], common.sampled
-    monkeypatch.setattr(common, "sampled", lambda *a, **k: drawn.append((k.get("seed"), len(a[1]), a[0])) or real(*a, **k))
+    drawn, real = [], common.answer_examples
+    monkeypatch.setattr(common, "answer_examples", lambda *a, **k: drawn.append((k.get("seed"), len(a[1]), a[0])) or real(*a, **k))
     cfg = control_config(reverse_kl, seed=3, steps=3)
     reverse_kl.train(cfg)
     steps = [d for d in drawn if d[1] == cfg.batch_size]
@@ -501,7 +501,7 @@ def test_llmr_release_runs(control_config, some_end, kind, settings):
     result = llmr_release.train(cfg)
     assert math.isfinite(result["after.kl_qp"]) and result["after.kl_pq"] != result["before.kl_pq"]
     steps = records(cfg, "loss")
-    assert len(steps) == 4 and all(r["advantage"] <= 0 <= r["nll"] and 0 <= r["truncated"] <= 1 for r in steps)
+    assert len(steps) == 4 and all(r["advantage"] <= 0 <= r["nll"] and 0 <= r["no_end"] <= 1 for r in steps)
 
 
 def test_llmr_release_with_its_rules_off_is_llmr(control_config, some_end, pair, rows_file, tmp_path):

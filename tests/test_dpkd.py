@@ -191,7 +191,7 @@ def records(cfg, key):
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_whole_run(dpkd_config, kind):
-    cfg = dpkd_config(kind, anchor=0.5, steps=8, lr=3e-3)
+    cfg = dpkd_config(kind, anchor=0.5, steps=16, lr=3e-3)
     result = dpkd.train(cfg)
     jeffreys = lambda when: result[f"{when}.kl_pq"] + result[f"{when}.kl_qp"]  # what the loss and the margin are about
     assert jeffreys("after") < jeffreys("before") and result["method"] == "dpkd"
@@ -207,8 +207,8 @@ def test_whole_run(dpkd_config, kind):
 def test_resume_ends_bitwise_like_an_uninterrupted_run(dpkd_config, negatives, monkeypatch, resumes_bitwise):
     """64 prompts, 16 a step: the checkpoint of step 3 lies inside an epoch, and its y_s come from weights of step 0."""
     cfg = dpkd_config(negatives=negatives, steps=6, batch_size=16, lr=3e-3, eval_every=9, save_every=3)
-    drawn, sampled = [], common.sampled
-    monkeypatch.setattr(common, "sampled", lambda *a, **k: drawn.append(len(a[1])) or sampled(*a, **k))
+    drawn, sampled = [], common.answer_examples
+    monkeypatch.setattr(common, "answer_examples", lambda *a, **k: drawn.append(len(a[1])) or sampled(*a, **k))
     dpkd.train(cfg)
     n = len([d for d in drawn if d > 4])  # all but the four validation and test rows, and the teacher's own answers
     assert n == {"online": 6, "epoch": 2, "frozen": 1}[negatives] + 1
@@ -218,13 +218,13 @@ def test_resume_ends_bitwise_like_an_uninterrupted_run(dpkd_config, negatives, m
 
 def test_identical_pairs_are_counted_and_move_nothing(dpkd_config, monkeypatch):
     """A student that says just what the teacher said: log 2 at every step and not the smallest step taken."""
-    cfg, sampled, answers = dpkd_config(anchor=0.0, weight_decay=0.0), common.sampled, {}
+    cfg, sampled, answers = dpkd_config(anchor=0.0, weight_decay=0.0), common.answer_examples, {}
 
     def echo(model, examples, tokenizer, cfg, temperature=1.0, seed=0, role="student"):
         if role == "teacher":
             return [answers.setdefault(tuple(e.prompt), e) for e in sampled(model, examples, tokenizer, cfg, temperature, seed, role)]
         return [answers.get(tuple(e.prompt), e) for e in examples]
-    monkeypatch.setattr(common, "sampled", echo)
+    monkeypatch.setattr(common, "answer_examples", echo)
     dpkd.train(cfg)
     assert all(r["same"] == 1 and r["margin"] == 0 and r["grad_norm"] == 0 for r in records(cfg, "loss"))
     assert all(r["loss"] == pytest.approx(math.log(2)) for r in records(cfg, "loss"))

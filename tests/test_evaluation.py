@@ -47,7 +47,7 @@ def test_the_evaluation_is_zero_between_a_model_and_itself_and_sums_over_the_res
     assert twin["kl_pq"] == pytest.approx(0, abs=1e-5) and twin["kl_qp"] == pytest.approx(0, abs=1e-5)
     assert mine["kl_pq"] > 0.1 and mine["kl_qp"] > 0.1
     # by hand, one response at a time with the model's own logits
-    answers = common.sampled(teacher, data.test, tokenizer, cfg, 1.0, 1234, "teacher")
+    answers = common.answer_examples(teacher, data.test, tokenizer, cfg, 1.0, 1234, "teacher")
     total = 0.0
     for e in answers:
         ids, first = torch.tensor([e.prompt + e.response]), len(e.prompt) - 1

@@ -49,7 +49,7 @@ def test_the_ratio_alone_misleads():
 def test_divergences_by_place_are_those_of_the_models(config, kind):
     cfg = config(kind, max_response=7)
     student, teacher, tokenizer = common.load_pair(cfg, CPU)
-    drawn = common.sampled(student, common.load_data(cfg, student, teacher, tokenizer).test, tokenizer, cfg)
+    drawn = common.answer_examples(student, common.load_data(cfg, student, teacher, tokenizer).test, tokenizer, cfg)
     d, lengths = excess.divergences(student, teacher, drawn, batch_size=3)
     for e, row, n in zip(drawn, d, lengths):
         if kind == "t5":

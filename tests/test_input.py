@@ -68,7 +68,7 @@ def test_every_setting_has_a_help_text(capsys):
     (dict(student="no/such/model"), "--student no/such/model"),
     (dict(teacher="no/such/model"), "--teacher no/such/model"),
     (dict(data="absent.jsonl"), "--data absent.jsonl: no such file"),
-    (dict(data="absent_set"), "--data absent_set: neither a file"),
+    (dict(data="absent_set"), "absent_set: neither a file"),
     (dict(teacher="tiny"), "--teacher tiny knows the words of the tiny world only"),
     (dict(max_prompt=60, max_response=60), "context of 64 tokens"),
     (dict(template="no place for it"), "exactly once"),

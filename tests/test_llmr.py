@@ -338,7 +338,7 @@ def test_whole_run(llmr_config, some_end, kind, settings):
     assert math.isfinite(result["after.kl_qp"]) and result["after.kl_pq"] != result["before.kl_pq"]
     records = [json.loads(x) for x in open(f"{cfg.out}/log.jsonl")]
     steps = [r for r in records if "loss" in r]
-    assert len(steps) == 4 and all(r["advantage"] <= 0 <= r["nll"] and 0 <= r["truncated"] <= 1 for r in steps)
+    assert len(steps) == 4 and all(r["advantage"] <= 0 <= r["nll"] and 0 <= r["no_end"] <= 1 for r in steps)
     common.load_model(f"{cfg.out}/student", CPU)
 
 
@@ -409,7 +409,7 @@ def test_truncated_samples_are_kept_by_default_and_an_exploding_loss_stops_the_r
     monkeypatch.setattr(common, "sample", never)
     cfg = llmr_config(max_response=2)
     llmr.train(cfg)
-    assert {json.loads(x)["truncated"] for x in open(f"{cfg.out}/log.jsonl") if "loss" in x} == {1.0}
+    assert {json.loads(x)["no_end"] for x in open(f"{cfg.out}/log.jsonl") if "loss" in x} == {1.0}
     assert "none of the samples ends within --max-response 2: raise it" in capsys.readouterr().out
     monkeypatch.setattr(common, "sample", real)
     loss, calls = llmr.policy_gradient_loss, []

@@ -1,19 +1,21 @@
-"""Control: SeqKD on the teacher's greedy text. The paper's teacher text is the output of a beam search, not a sample.
+"""Control: SeqKD on the teacher's greedy text. The paper's teacher text is the output of a beam search, not
+a sample.
 
 A copy of kd_forward.py (`git diff --no-index kd_forward.py tests/controls/seqkd_greedy.py`). Kim and Rush
-(https://arxiv.org/abs/1606.07947, Eq. 8) put all the teacher's mass on its best response and train on that. Greedy
-decoding is a beam of one:
+(https://arxiv.org/abs/1606.07947, Eq. 8) put all the teacher's mass on its best response and train on that.
+Greedy decoding is a beam of one:
 
     yhat_t = argmax_v p(v|x,yhat_<t)
     L = mean over the tokens of yhat of -log q(yhat_t|x,yhat_<t)
 
-The student is taught the mode: one response to each prompt. On samples of the teacher the same cross entropy teaches
-its whole distribution, as KL(p||q) does.
+The student is taught the mode: one response to each prompt. On samples of the teacher the same cross
+entropy teaches its whole distribution, as KL(p||q) does.
 
-Held against: SeqKD on samples (kd_forward.py --responses teacher --alpha 0), and LLMR, whose optimum is the same
-greedy text; `valid` at temperature 1 and `entropy` say how much of LLMR's gain is this sharpening.
+Held against: SeqKD on samples (kd_forward.py --responses teacher --alpha 0), and LLMR, whose optimum is the
+same greedy text; `valid` at temperature 1 and `entropy` say how much of LLMR's gain is this sharpening.
 
-What to watch: `valid_greedy` and `mode_distance`. `kl_pq` rises while the loss falls: the mode is not the distribution.
+What to watch: `valid_greedy` and `mode_distance`. `kl_pq` rises while the loss falls: the mode is not the
+distribution.
 
     python -m tests.controls.seqkd_greedy                                                from the supervised student
     python -m tests.controls.seqkd_greedy --student tiny-kl --steps 300 --lr 3e-4        from the KL-distilled one
@@ -38,47 +40,51 @@ class Config(common.Settings):
     weight_decay: float = 0.01       # AdamW's
     clip: float = 1.0                # largest gradient norm
 
-    unused = ("text_field", "cache_gib")
+    unused = ("text_field", "cache_gib")  # shared settings without effect here: setting one is an error
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The method
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# R: the response tokens of a micro-batch, one row each, response after response; V vocabulary, H hidden
+# size, B responses. No row is a prompt token or padding, so no loss needs a mask.
 def seqkd_loss(student_logits, targets):
     """CE of each row. (R,V), (R,) -> one (R,)."""
     logq = F.log_softmax(student_logits, -1)        # (R,V)
     return (-logq.gather(-1, targets[:, None])[:, 0],)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The loop
-# ---------------------------------------------------------------------------------------------------------------
-def train(cfg):
+# ----------------------------------------------------------------------------------------------------------
+def train(cfg) -> dict:
+    """One run: it fills out/<name>/ and returns its final metrics."""
     common.check_settings(cfg)
     run = common.Run(cfg, __file__)
     if run.finished:
         return run.finished
     device, dtype = run.device, common.compute_dtype(cfg, run.device)
 
-    # models: the teacher is frozen and in the compute dtype, the student keeps fp32 weights and is cast on the fly
+    # models: the teacher is frozen, in the compute dtype; the student keeps fp32 weights, cast on the fly
     student, teacher, tokenizer = common.load_pair(cfg, device)
     if teacher is None:
         raise common.BadInput("--teacher none: the responses are the teacher's, so name a --teacher")
 
     # data
     data = common.load_data(cfg, student, teacher, tokenizer)
-    examples = common.sampled(teacher, data.train, tokenizer, cfg, temperature=0.0, role="teacher")
+    examples = common.answer_examples(teacher, data.train, tokenizer, cfg, temperature=0.0, role="teacher")
     batches = common.Batches(examples, student, None, cfg, device)
 
-    # what is called in the loop
+    # what is called in the loop. A forward pass ends at the hidden states (R,H); rowwise_loss makes logits
+    # of them and calls row_loss, chunk by chunk: whole (R,V) logits would take most of a step's memory
     student_fwd = common.response_states(student, cfg.compile)
     compiled_loss = common.try_compile(seqkd_loss) if cfg.compile else seqkd_loss
-    row_loss = lambda q, _, y: compiled_loss(q, y)
+    row_loss = lambda logits, _, targets: compiled_loss(logits, targets)
     evaluate = common.make_evaluator(cfg, teacher, tokenizer, data.valid)
     evaluate_test = common.make_evaluator(cfg, teacher, tokenizer, data.test)
-    before = evaluate_test(student)
+    before = evaluate_test(student)  # ahead of run.start, which may load a later student from a checkpoint
 
-    # optimizer
+    # optimizer; beta_2 = 0.98 averages squared gradients over 50 steps, not 1000: runs have a few hundred
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     start = run.start(student=student, optimizer=optimizer)
@@ -95,7 +101,7 @@ def train(cfg):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # one optimizer step over accum micro-batches: sums are divided once, by the tokens of the whole step
+        # one step over accum micro-batches: sums are divided once, by the tokens of the whole step
         micro = batches.at(step)
         n_tokens = common.all_reduce_sum(sum(len(b.targets) for b in micro))
         totals = 0.0

@@ -66,7 +66,7 @@ def analyse(cfg, draws=DRAWS, least=0.05):
     test = common.load_data(cfg, student, teacher, tokenizer).test
     curves, counts = {}, {}
     for name, model, role in (("R", student, "student"), ("leps", teacher, "teacher")):
-        drawn = [e for k in range(draws) for e in common.sampled(model, test, tokenizer, cfg, seed=100 + k, role=role)]
+        drawn = [e for k in range(draws) for e in common.answer_examples(model, test, tokenizer, cfg, seed=100 + k, role=role)]
         d, lengths = divergences(student, teacher, drawn)
         enough = int((lengths[:, None] > torch.arange(d.shape[1])).double().mean(0).ge(least).sum())
         curves[name], counts[role] = accumulated(d, lengths)[:enough].tolist(), Counter(lengths.tolist())
@@ -81,7 +81,7 @@ def rewards(cfg):
     student, teacher, tokenizer = common.load_pair(cfg, CPU)
     prompts = common.load_data(cfg, student, teacher, tokenizer).test
     e = next(e for e in prompts if e.row["prompt"].startswith("recap"))
-    good = common.sampled(teacher, [e], tokenizer, cfg, temperature=0.0, role="teacher")[0]
+    good = common.answer_examples(teacher, [e], tokenizer, cfg, temperature=0.0, role="teacher")[0]
     names = tokenizer.convert_ids_to_tokens(good.response)
     wrong = tokenizer.convert_tokens_to_ids("paris" if "paris" not in names else "oslo")
     at = next(i for i, x in enumerate(names) if x == "in" or x == "to") + 1  # the place that the miner went to

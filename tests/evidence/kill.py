@@ -91,7 +91,7 @@ def announcer(script, pipe):
         if hasattr(module := importlib.import_module(script), "domain_ce"):  # measures in its own way
             wrap(module, "domain_ce", b"e")
         if script == "gold":  # its evaluation is its own; nothing else there calls this
-            wrap(common, "sampled", b"e")
+            wrap(common, "answer_examples", b"e")
         wrap(common.Run, "save", b"s")
         wrap(common.Run, "finish", b"s")
         wrap(common.Run, "log", b"t")  # with log_every 1 once a step: what follows it is the next step

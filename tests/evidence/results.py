@@ -352,7 +352,7 @@ def written(out, settings):
     student, _, tokenizer = common.load_pair(cfg, torch.device("cpu"), same_tokens=False, world=task["world"])
     encode = common.row_encoder(cfg, student, None, tokenizer)
     test = [encode(r) for r in common.load_rows(cfg, task["world"], common.sample_reader(task))["test"]]
-    answers = common.sampled(student, test, tokenizer, cfg, 0.0)
+    answers = common.answer_examples(student, test, tokenizer, cfg, 0.0)
     texts = [tokenizer.decode(e.response, skip_special_tokens=True) for e in answers]
     right = [common.score(task, t, e.row) for t, e in zip(texts, test)]
     topics = {t["topic"]: t["tail"] for t in common.load_topics(cfg, task["world"])}  # from common to rare
