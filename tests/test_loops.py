@@ -374,7 +374,9 @@ def dpkd_loss(cfg, found, step, y_s_of):
     student, teacher, V = models(cfg, found.steps[step].weights)
     rows = rows_of(cfg, "train")
     best = answers(found, True, [z for _, z, _ in rows])[0]
-    own = answers(found, False, [x for x, _, _ in rows], y_s_of + 1)[y_s_of]
+    own = {tuple(x): best[tuple(z)] for x, z, _ in rows}  # --preference 0 draws no y_s: any will do
+    if cfg.preference:
+        own = answers(found, False, [x for x, _, _ in rows], y_s_of + 1)[y_s_of]
     preference, ce, tokens, lengths = 0.0, 0.0, 0, []
     for x, z, _ in rows:
         y_t, y_s = best[tuple(z)][0], own[tuple(x)][0]
@@ -387,7 +389,7 @@ def dpkd_loss(cfg, found, step, y_s_of):
         assert abs(margin.item()) < 20  # else the sigmoid is 0 or 1 and hides the margin
         preference, ce, tokens = preference + (1 + (-margin).exp()).log(), ce - logq_t, tokens + len(y_t)
         lengths.append((len(y_t), len(y_s)))
-    assert sum(t != s for t, s in lengths) >= 3  # else |y_t| and |y_s| could be mixed up
+    assert not cfg.preference or sum(t != s for t, s in lengths) >= 3  # else |y_t| and |y_s| could be mixed up
     return cfg.preference * preference / len(rows) + cfg.anchor * ce / tokens, student
 
 
@@ -402,6 +404,9 @@ def test_dpkd_steps_with_the_gradient_of_its_equations(config, pair, monkeypatch
     found = run(monkeypatch, dpkd, cfg)
     loss, student = dpkd_loss(cfg, found, 0, 0)
     assert error(found.steps[0].gradient, loss, student) < 2e-5
+    prompts = sorted(x for x, _, _ in rows_of(cfg, "train"))
+    drawn = [s for s in found.samples if not s.teacher and sorted(s.prompts) == prompts]
+    assert bool(drawn) == (cfg.preference > 0), "y_s is drawn where it is used and nowhere else"
 
 
 @pytest.mark.parametrize("negatives", ["online", "epoch", "frozen"])

@@ -19,11 +19,15 @@ import common
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-RUNS = {  # script: settings of its run; nothing that depends on the noise of a sampler
+# script: settings of its run. Sampling is greedy, since each process has noise of its own; but --negatives epoch
+# samples, for all y_s are process 0's, whose noise is that of a single process
+RUNS = {
     "kd": ("kd_forward", {"accum": 2}),
     "kd-no-reduction": ("kd_forward", {"accum": 2}),
     "llmr": ("llmr", {"baseline": "value"}),
+    "llmr-mean": ("llmr", {"baseline": "mean"}),
     "dpkd": ("dpkd", {"negatives": "online", "anchor": 0.5}),
+    "dpkd-epoch": ("dpkd", {"negatives": "epoch", "anchor": 0.5}),
     "gold": ("gold", {"task": "task.json", "data": "texts.jsonl", "budget": 24, "round_size": 4, "retrain": 1, "passes": 1, "feedback": 1}),
     "ddk": ("ddk", {"data": "domains", "max_tokens": 16, "interval": 5, "gap_rows": 6, "accum": 2}),
 }
@@ -56,7 +60,7 @@ def test_two_processes_train_what_one_does(settings, tmp_path_factory, monkeypat
     entry |= {"labels": {"cat": "", "dog": ""}, "lengths": [1, 999], "shots": 1, "max_new": 3, "stop": [],
               "write": {"prompt": "{shots}", "shot": "{sample} ", "sample": "{label} {text}", "plain": "", "ood": "! "}}
     (root / "task.json").write_text(json.dumps(entry))
-    monkeypatch.setattr(common, "sample", greedy)
+    real = common.sample
     fields = {module: settings_of(importlib.import_module(module).Config) for module, _ in RUNS.values()}
     of = lambda module, extra, out: {**{k: v for k, v in settings.items() if k in fields[module]}, **extra, "out": str(root / out)}
     jobs = [[module, of(module, extra, f"two-{name}"), "no-reduction" in name] for name, (module, extra) in RUNS.items()]
@@ -65,6 +69,7 @@ def test_two_processes_train_what_one_does(settings, tmp_path_factory, monkeypat
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for name, (module, extra) in RUNS.items():
         script = importlib.import_module(module)
+        monkeypatch.setattr(common, "sample", real if extra.get("negatives") == "epoch" else greedy)
         script.train(script.Config(**of(module, extra, f"one-{name}")))
     said = two.communicate()[0]
     assert two.returncode == 0, said[-3000:]

@@ -18,8 +18,9 @@ def greedy(model, prompts, max_new, temperature=1.0, sample=common.sample, **kw)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    common.sample, reduce = greedy, common.reduce_gradients
+    real, reduce = common.sample, common.reduce_gradients
     for name, settings, broken in json.loads(Path(sys.argv[1]).read_text()):
+        common.sample = real if settings.get("negatives") == "epoch" else greedy
         common.reduce_gradients = (lambda *args: None) if broken else reduce
         module = importlib.import_module(name)
         module.train(module.Config(**settings))
