@@ -72,7 +72,7 @@ def test_the_tests_folder_holds_tests_and_its_tools_have_folders():
 def test_skeleton(name):
     text = (ROOT / f"{name}.py").read_text()
     marks = ['"""', "\nimport", "@dataclass", "class Config(common.Settings):", "\n    # method\n", "\n    # optimization\n", "\n    unused = (",
-             "# The method\n", "# The loop", "def train(cfg):", "\n    # models: ", "\n    # data", "\n    # optimizer", "    for step in range(start, ",
+             "# The method\n", "# The loop", "def train(cfg) -> dict:", "\n    # models: ", "\n    # data", "\n    # optimizer", "    for step in range(start, ",
              'if __name__ == "__main__":']
     places = [text.find(m) for m in marks]
     assert -1 not in places and places == sorted(places), dict(zip(marks, places))

@@ -34,9 +34,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 HERE = Path(__file__).resolve().parent
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Documents
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def library():
     """Pieces of the standard library, in a fixed order: (code without docstrings, docstrings)."""
     code, prose = [], []
@@ -136,9 +136,9 @@ def make_corpus(size, words):
     return {name: list(texts) for name, texts in out.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Models: a tokenizer and a configuration, which ddk.py fills with trained weights
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def write_model(folder, width, layers, heads):
     """A model directory without weights; in its tokenizer, byte-level BPE without merges, every byte is a token."""
     letters = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -179,9 +179,9 @@ def train(target, work, **settings):
     shutil.move(work / target.name / "student", target)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The world
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", type=Path, help="the directory to make")

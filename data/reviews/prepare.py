@@ -50,9 +50,9 @@ class Grammar:
         self.nouns = [noun for topic in self.topics for noun in topic]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Samples
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def fill(g, rng, template, nouns, words):
     """A template with its slots drawn -> (text, the numbers x and y)."""
     numbers = {name: str(rng.randint(*span)) for name, span in g.kind["numbers"].items()}
@@ -140,9 +140,9 @@ def write_rows(file, rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Models: a tokenizer and a configuration, which kd_forward.py fills with trained weights
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def vocabulary(g):
     """{word: id}: the special tokens, then every word of the grammar."""
     numbers = [str(i) for low, high in g.kind["numbers"].values() for i in range(low, high + 1)] if g.is_sums else []
@@ -189,9 +189,9 @@ def train(target, work, **settings):
     shutil.move(work / target.name / "student", target)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The world
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", type=Path, help="the directory to make")
