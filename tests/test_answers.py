@@ -13,7 +13,7 @@ import common
 
 world = prepare("answers")
 GRAMMAR = json.loads((world.HERE / "grammar.json").read_text())
-PROBABILITIES = [0.3, 0.2, 0.14, 0.12, 0.1, 0.08, 0.06]
+PROBABILITIES = [0.6, 0.25, 0.15]
 ADA = dict(name="ada", job="baker", city="oslo")
 PLUMS = dict(items=["plum", "apple", "fig"])
 
@@ -23,16 +23,16 @@ def test_probabilities_sum_to_one_and_wordings_differ(family):
     rng = random.Random(0)
     for _ in range(200):
         found = world.answers(GRAMMAR, family, world.draw(GRAMMAR, family, rng)[1])
-        assert sum(p for p, _ in found) == pytest.approx(1) and len({t for _, t in found}) == len(found) == 7
+        assert sum(p for p, _ in found) == pytest.approx(1) and len({t for _, t in found}) == len(found) == 3
         assert [p for p, _ in found] == PROBABILITIES  # no tie: greedy decoding is defined
         assert not any(re.search(r"[\[\]{}<>?]\S|  ", t) for _, t in found)  # every template was filled in
 
 
 def test_answers_follow_the_prompt():
     answers = dict((t, p) for p, t in world.answers(GRAMMAR, "describe", ADA))
-    assert answers["ada is a baker from oslo ."] == 0.3
+    assert answers["ada is a baker from oslo ."] == 0.6
     assert "this is ada . ada works as a baker . the home of ada is oslo ." in answers
-    assert (0.2, "first apple , then fig , then plum .") in world.answers(GRAMMAR, "sort", PLUMS)
+    assert (0.25, "first apple , then fig , then plum .") in world.answers(GRAMMAR, "sort", PLUMS)
 
 
 def test_a_prompt_says_its_facts_and_nothing_else():
@@ -54,7 +54,7 @@ def test_exactly_the_wordings_are_right():
 
 def test_rows_follow_the_stated_probabilities():
     rows = world.make_rows(GRAMMAR, "check", 3000, "train", 3000)
-    share = [sum(r["references"].index(r["response"]) == i for r in rows) / 3000 for i in range(7)]
+    share = [sum(r["references"].index(r["response"]) == i for r in rows) / 3000 for i in range(3)]
     for got, wanted in zip(share, PROBABILITIES):
         assert abs(got - wanted) < 4 * (wanted * (1 - wanted) / 3000) ** 0.5  # four standard errors
 
@@ -124,7 +124,7 @@ def test_the_program_writes_rows_and_asks_kd_forward_for_its_models(tmp_path, mo
     assert len(rows) == 40 and sum(r["response"] is not None for r in rows) == 10
     teacher, student, kl = asked
     assert [c.teacher for c in (teacher, student)] == ["none"] * 2 and kl.teacher == str(tmp_path / "w/teacher")
-    assert teacher.data != student.data == kl.data and kl.responses == "teacher" and {c.seed for c in asked} == {3}
+    assert teacher.data != student.data == kl.data and kl.responses == "teacher" and [c.seed for c in asked] == [3, 0, 0]
 
 
 def test_exact_mass_is_the_probability_of_sampling_a_right_answer(config, model, tmp_path):
@@ -142,4 +142,4 @@ def test_exact_mass_is_the_probability_of_sampling_a_right_answer(config, model,
             logits = student(torch.tensor([e.prompt + y])).logits[0, len(e.prompt) - 1:-1].log_softmax(-1)
             total += logits[range(len(y)), y].sum().exp().item() / len(data.test)
     assert m["valid_mass"] == pytest.approx(total, rel=1e-4)
-    assert sum(m[f"mode_{i}"] for i in range(1, 8)) == pytest.approx(1, abs=1e-5)
+    assert sum(m[f"mode_{i}"] for i in range(1, 4)) == pytest.approx(1, abs=1e-5)

@@ -339,7 +339,8 @@ def test_under_autocast_the_head_gets_states_of_its_dtype(pair):
         assert states(batch).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("script", ["kd_forward", "llmr", "dpkd", "gold", "ddk"])
+@pytest.mark.parametrize("script", ["kd_forward", "llmr", *[pytest.param(x, marks=pytest.mark.slow)
+                                                          for x in ("dpkd", "gold", "ddk")]])
 def test_a_step_leaves_nothing_to_the_garbage_collector(script, any_root, tmp_path, monkeypatch):
     """Objects in a reference cycle live on, with their tensors, until the collector comes, which is rare in a process
     with as many objects as transformers makes: a batch that held itself let resident memory creep for hours."""

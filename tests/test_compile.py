@@ -53,8 +53,8 @@ def attention_nodes(graph):
     return [n for n in graph.graph.nodes if "scaled_dot_product_attention" in str(n.target)]
 
 
-@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow),
-                                  pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 def test_every_width_of_both_models_is_one_compiled_graph(pair, kind, counter):
     """dynamo's limit counts the recompilations of a piece of code, which student and teacher share."""
     widths, teacher_and_student = range(8, 18, 2), models(pair, kind)  # ten compilations; the limit was eight
@@ -67,7 +67,8 @@ def test_every_width_of_both_models_is_one_compiled_graph(pair, kind, counter):
     assert counter.calls == 2 * 2 * len(widths)    # and none runs outside of what was compiled
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow),
+                                  pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_training_makes_no_mask_and_is_causal(pair, kind, counter):
     for model in models(pair, kind):
         plain, compiled = common.response_states(model), common.response_states(model, compiled=True)
@@ -94,7 +95,8 @@ def test_the_mask_is_still_there_where_windows_slide_and_for_encoder_decoders(pa
         assert t5.config._attn_implementation != "causal"
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow),
+                                  pytest.param("t5", marks=pytest.mark.slow)])
 def test_every_new_token_is_a_compiled_step_on_the_same_cache(pair, kind, counter):
     model, prompts, n = models(pair, kind)[1], [[5, 6, 7], [8, 9]], 12
     eos = len(common.head(model)[0]) - 1  # seldom drawn: all n tokens are

@@ -397,7 +397,7 @@ def some_end(monkeypatch):
     monkeypatch.setattr(common, "sample", sample)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def test_reverse_kl_runs_and_falls(control_config, kind):
     cfg = control_config(reverse_kl, kind, steps=8, lr=3e-3, teacher_template="Sort: {prompt} =\\n")
     result = reverse_kl.train(cfg)
@@ -478,6 +478,7 @@ def test_smooth_seqkd_keeps_the_student_of_the_best_evaluation(control_config, m
     assert torch.equal(student.lm_head.weight, weights[2]) and not torch.equal(weights[2], weights[4])
 
 
+@pytest.mark.slow
 def test_smooth_seqkd_resumes_bitwise(control_config, resumes_bitwise):
     resumes_bitwise(seqkd_smooth.train, control_config(seqkd_smooth, steps=5, lr=3e-2, eval_every=1))
 
@@ -584,6 +585,7 @@ def test_llmr_release_resumes_bitwise(control_config, some_end, resumes_bitwise)
 
 @pytest.mark.parametrize("name, kind", [("gold_noise", "reviews"), ("gold_padded", "sums"), ("gold_real", "reviews"),
                                         ("gold_real", "sums")])
+@pytest.mark.slow
 def test_gold_controls_run(gold_config, name, kind):
     module = importlib.import_module(f"tests.controls.{name}")
     cfg = gold_config(module, kind)

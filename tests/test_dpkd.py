@@ -203,7 +203,8 @@ def test_whole_run(dpkd_config, kind):
         assert {"margin", "nll_t", "nll_s", "same", "no_end"} <= set(r) and 0 <= r["no_end"] <= 1
 
 
-@pytest.mark.parametrize("negatives", ["online", "epoch", "frozen"])
+@pytest.mark.parametrize("negatives", ["epoch", pytest.param("online", marks=pytest.mark.slow),
+                                       pytest.param("frozen", marks=pytest.mark.slow)])
 def test_resume_ends_bitwise_like_an_uninterrupted_run(dpkd_config, negatives, monkeypatch, resumes_bitwise):
     """64 prompts, 16 a step: the checkpoint of step 3 lies inside an epoch, and its y_s come from weights of step 0."""
     cfg = dpkd_config(negatives=negatives, steps=6, batch_size=16, lr=3e-3, eval_every=9, save_every=3)

@@ -3,6 +3,6 @@ from evidence import fuzz
 
 
 def test_hostile_input_ends_in_success_or_one_sentence(tmp_path):
-    counts, failures = fuzz.attack(200, "quick", tmp_path)
+    counts, failures = fuzz.attack(100, "quick", tmp_path)
     assert not failures, "\n".join(failures)
-    assert len(counts) == len(fuzz.KINDS) and min(map(sum, counts.values())) >= 4
+    assert len(counts) == len(fuzz.KINDS) and min(map(sum, counts.values())) >= 2

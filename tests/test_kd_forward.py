@@ -169,7 +169,7 @@ def test_bf16_compute_stays_close(config):
     assert b["after.kl_pq"] == pytest.approx(a["after.kl_pq"], rel=0.15)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def test_resume_ends_bitwise_like_an_uninterrupted_run(config, kind, resumes_bitwise):
     """GPT-2 and T5 have dropout, so random states count too."""
     whole, cut = resumes_bitwise(kd_forward.train, config(kind, steps=6))
@@ -195,6 +195,7 @@ def test_the_teacher_runs_once_for_each_remembered_response(config):
     assert len(calls) == epoch
 
 
+@pytest.mark.slow
 def test_the_teacher_cache_is_exact(config, tmp_path):
     plain = kd_forward.train(config("llama", steps=14, out=str(tmp_path / "a")))  # 8 of 64 rows a step: two epochs
     cached = kd_forward.train(config("llama", steps=14, cache_gib=1.0, out=str(tmp_path / "b")))

@@ -1,18 +1,19 @@
-"""The answers world: short prompts, each with six right answers of known probability; a teacher and two students.
+"""The answers world: short prompts, each with three right answers of known probability; a teacher and two students.
 
     python data/answers/prepare.py DIR                       data, teacher and student of world 0
     python data/answers/prepare.py DIR --part student-kl     adds the student after long KD on the teacher's answers
-    python data/answers/prepare.py DIR2 --number 1           another world: other labels, another teacher and students
+    python data/answers/prepare.py DIR2 --number 1           another world: other training rows and models
 
-grammar.json says what prompts look like and how an answer may be worded, so p(y|x) is known exactly: whether a text
-is right, which wording it uses, how much probability a model gives to right answers. DIR then holds
+grammar.json says what prompts look like and how an answer may be worded, e.g. "sort plum fig kiwi" -> "fig , kiwi ,
+plum ." (0.60) or "first fig , then kiwi , then plum ." (0.25). So the true distribution of answers is known: whether a
+text is right, which wording it uses, how much probability a model gives to right answers. DIR then holds
 
     data/train.jsonl, valid.jsonl, test.jsonl    rows {prompt, response or null, references, probs}: few training rows
                                                  have a response; references and their probs are all right answers
     teacher/, student/, student-kl/              Hugging Face model directories
 
 The teacher sees many labelled rows, the student the few of train.jsonl; student-kl goes on from it with the teacher's
-answers to all prompts, for many steps. How far it is limited by its width, how far by its steps: see tuning.md.
+answers to all prompts. tuning.md is the log of a search for students that are too small for their world.
 The models are made by kd_forward.py; the commands are printed and can be repeated by hand.
 """
 import argparse
@@ -34,12 +35,13 @@ SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]  # their places a
 CHAT = "{% for m in messages %}<user> {{ m.content }} {% endfor %}<assistant>"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Prompts and their answers
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def draw(grammar, family, rng):
     """A random prompt of a family and its facts {slot: word, or the list of items}."""
     text = grammar["families"][family]["prompt"]
+    # <parts> change places, a <part>? is left out in 4 of 10 prompts, {slot} is a word of that list
     parts = [part for part, maybe in re.findall(r"<([^>]*)>(\??)", text) if not maybe or rng.random() < 0.6]
     rng.shuffle(parts)
     text = re.sub(r"<[^>]*>\??", lambda _: parts.pop() if parts else "", text)
@@ -55,8 +57,9 @@ def answers(grammar, family, facts):
     """All right answers to a prompt with these facts: [(probability, text)], the probabilities summing to 1."""
     out = []
     for probability, text in grammar["families"][family]["wordings"]:
-        there = lambda m: m[1] if set(re.findall(r"\{(\w+)\}", m[1])) <= set(facts) else ""
-        text = re.sub(r"\[([^]]*)\]", there, text)
+        # [words] stand only if the prompt has all their facts; {items:X} is the sorted list joined by X
+        known = lambda m: m[1] if set(re.findall(r"\{(\w+)\}", m[1])) <= set(facts) else ""
+        text = re.sub(r"\[([^]]*)\]", known, text)
         text = re.sub(r"\{items:([^}]*)\}", lambda m: m[1].join(sorted(facts["items"])), text)
         out.append((probability, text.format(**facts)))
     return out
@@ -87,9 +90,9 @@ def write_rows(file, rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Models: a tokenizer and a configuration, which kd_forward.py fills with trained weights
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def vocabulary(grammar):
     """Every word that a prompt or an answer can hold, after the special tokens."""
     families = grammar["families"].values()
@@ -144,9 +147,9 @@ def train(target, work, **settings):
     shutil.move(work / target.name / "student", target)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The world
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", type=Path, help="the directory to make")
