@@ -255,6 +255,8 @@ def lr_at(step, cfg):
 # ----------------------------------------------------------------------------------------------------------
 # Every process holds both models, takes its share of each optimizer step, and evaluates; process 0 writes
 # and prints. A wrapper around the model (DDP) is not needed, since the loops divide sums by counts.
+# Models are not sharded (torch's fully_shard): the chunked head reads the whole weight of the output layer,
+# losses and checkpoints would meet DTensors, and the sampler would have to move in step on all processes.
 _alone = []  # not empty while process 0 works without the others
 
 

@@ -1,7 +1,7 @@
 """GOLD: an LLM writes the training data, steered by what the student finds strange.
 
 Gholami, Akbari, Hu, Masrani, Wang, Zhang, "GOLD: Generalized Knowledge Distillation via
-Out-of-Distribution- Guided Language Data Generation", Findings of NAACL 2024,
+Out-of-Distribution-Guided Language Data Generation", Findings of NAACL 2024,
 https://arxiv.org/abs/2403.19754; code: https://github.com/mgholamikn/GOLD. (A trainer of that name in
 Hugging Face's TRL is another method.)
 

@@ -74,14 +74,13 @@ def test_draws_what_has_records_and_names_what_has_not(tmp_path, monkeypatch, ca
     figures.main(tmp_path / "r.jsonl", tmp_path)
     assert sorted(f.name for f in tmp_path.glob("*.png")) == ["dpkd_margin.png", "dpkd_tabular.png"]
     assert (tmp_path / "dpkd_margin.png").stat().st_size > 10_000
-    llmr = ", ".join(f"llmr_{x}.png (assets/excess.json)" for x in ("excess", "reward", "length"))
-    missing = ("overview.png (sft-2x, seqkd-2x, kd, kd-teacher, reverse-kl, dpkd, llmr, kl-more), kd_forward.png (sft, kd, seqkd, kd-teacher), llmr_frontier.png (kl-more, seqkd-more, llmr, llmr-100, llmr-50, "
+    llmr = ", ".join(f"llmr_{x}.png (assets/excess.json)" for x in ("excess", "reward"))
+    missing = ("overview.png (sft, seqkd, kd, kd-teacher, reverse-kl, dpkd, llmr, kl-more), kd_forward.png (sft, kd, seqkd, kd-teacher), llmr_frontier.png (kl-more, seqkd-more, llmr, llmr-100, llmr-50, "
                "llmr-25, kl-mid, seqkd-mid, llmr-mid, llmr-mid-lr1e-3), llmr_training.png (llmr-fine, kl-more, seqkd-more), "
-               f"{llmr}, dpkd_nll.png (frozen-b01-anchor), "
-               "dpkd_length.png (sft, seqkd, reverse-kl, dpkd, dpkd-alone), ddk_gap.png (no-smoothing, ddk), "
+               f"{llmr}, ddk_gap.png (no-smoothing, ddk), "
                "ddk_shares.png (ddk), ddk_worst.png (natural, uniform, static, ddk, alpha-8, alpha-1), "
                "ddk_sets.png (natural, uniform, no-smoothing, ddk, mild, alike, same, mild-natural, alike-natural, same-natural), "
-               "ddk_ppl.png (natural, uniform, ddk), gold_written.png (gold-plain, gold-ood, gold), "
+               "gold_written.png (gold-plain, gold-ood, gold), "
                "gold_coverage.png (gold-plain, gold-ood, gold, gold-random, gold-top, gold-t1), gold_energy.png (gold-ood, gold, gold-top)")
     assert capsys.readouterr().out.splitlines()[-1] == f"skipped for lack of records: {missing}"
 

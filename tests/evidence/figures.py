@@ -187,20 +187,6 @@ def pairs(records, names, lines, between, title):
     return figure
 
 
-def lengths(records, names, title):
-    """Right answers and ROUGE-L over the length of the gold response, in three equal parts of the test rows."""
-    figure, axes = panels(2, title)
-    for axis, key, label in zip(axes, ("valid", "rouge_l"), ("exact match at T = 1", "ROUGE-L at T = 1")):
-        ends = []
-        for row, name in names.items():
-            color = color_of(row)
-            runs = [[(x["tokens"], x[key]) for x in r["by_length"]] for r in records if r["row"] == row]
-            ends.append((draw_runs(axis, runs, color), name, color))
-        axis.set(title=label, xlabel="tokens of the gold response (mean of its third)")
-        end_labels(axis, ends)
-    return figure
-
-
 def by_domain(records, names, title, prefix="gap_"):
     """A panel for each row, a line for each domain: gaps (or shares) on validation sequences over steps."""
     figure, axes = panels(len(names), title, 4, between=0.9, right=0.9, sharey=True)
@@ -283,23 +269,6 @@ def sets(records, rows, names, title):
     axes[0].set_ylim(1, 20)  # without smoothing it goes far beyond for a while
     log_scale(axes[0], FINE)
     axes[0].set_ylabel("widest gap (validation)")
-    return figure
-
-
-def perplexities(records, names, title):
-    """Perplexity of each domain on test text: student before, each row after, teacher; means over seeds."""
-    figure, axis = panels(1, title, 3.6, right=1.5)
-    columns, first = domains(records), next(iter(names))
-    value = lambda row, who, n: np.mean([r["result"][f"{who}.ppl_{n}"] for r in records if r["row"] == row])
-    bars = [("student before", first, "before", "0.75"), ("teacher", first, "teacher", "0.3")]
-    bars[1:1] = [(name, row, "after", color_of(row)) for row, name in names.items()]
-    for i, (name, row, who, color) in enumerate(bars):
-        axis.bar(np.arange(len(columns)) + 0.15 * (i - 2), [value(row, who, n) for n in columns], 0.15, color=color)
-        axis.text(1.01, 0.9 - 0.12 * i, name, color=color, transform=axis.transAxes, fontweight="bold")
-    axis.set(title="perplexity a token (a byte), logarithmic", xticks=range(len(columns)))
-    axis.set_xticklabels(columns)
-    axis.set_ylim(bottom=1)  # no perplexity is less: on this scale the bars are cross entropies
-    log_scale(axis, FINE)
     return figure
 
 
@@ -481,22 +450,6 @@ def token_rewards(data, title):
     return figure
 
 
-def length_histogram(data, names, title):
-    """Shares of sampled responses by length, all seeds together, and the mean length."""
-    names = {row: name for row, name in names.items() if row in data["lengths"]}
-    figure, axes = panels(len(names), title, between=0.35, right=0.2, sharey=True, sharex=True)
-    for axis, (row, name) in zip(axes, names.items()):
-        total = {}
-        for counts in data["lengths"][row].values():
-            for n, c in counts.items():
-                total[int(n)] = total.get(int(n), 0) + c
-        n, share = np.array(sorted(total)), np.array([total[k] for k in sorted(total)]) / sum(total.values())
-        axis.bar(n, share, 0.9, color=color_of(row))
-        axis.set(title=f"{name}: mean {(n * share).sum():.2f}", xlabel="tokens", xlim=(4, 29))
-    axes[0].set_ylabel("share of responses")
-    return figure
-
-
 def main(source=ROOT / "assets/results.jsonl", folder=ROOT / "assets"):
     try:
         import matplotlib  # noqa: F401
@@ -505,16 +458,12 @@ def main(source=ROOT / "assets/results.jsonl", folder=ROOT / "assets"):
     records = [json.loads(line) for line in Path(source).read_text().splitlines()]
     kd = {"sft": "SFT", "kd": "KD", "seqkd": "SeqKD", "kd-teacher": "KD, teacher text"}
     margins = {"frozen-b01": "y_s drawn once (frozen)", "epoch-b01": "every epoch", "online-b01": "every step (online)"}
-    nlls = {**margins, "frozen-b01-anchor": "once, with the anchor"}
     margin = {"training pairs": ("train", "margin", RED), "fresh pairs": ("curve", "fresh_margin", BLUE)}
-    nll = {"of y_t": ("train", "nll_t", BLUE), "of y_s": ("train", "nll_s", RED)}
-    length = {"sft": "SFT", "seqkd": "SeqKD", "reverse-kl": "reverse KL", "dpkd": "DPKD", "dpkd-alone": "no anchor"}
     gaps = {"no-smoothing": "without smoothing: r = softmax(rho)", "ddk": "DDK"}
     mixes = {"natural": "natural", "uniform": "uniform", "static": "static at DDK's mean", "ddk": "DDK"}
     others = {"the six domains": "ddk", "mild: small gaps": "mild", "alike": "alike", "same: equal gaps": "same"}
     of_each = {"natural": "natural", "uniform": "uniform", "no-smoothing": "no smoothing", "ddk": "DDK"}
     alphas = {"uniform": "0 (uniform)", "ddk": 0.5, "alpha-8": 0.8, "alpha-1": 1}
-    plain = {"natural": "KD, natural", "uniform": "KD, uniform", "ddk": "DDK"}
     wrote = {"gold-plain": "plain prompt", "gold-ood": "OOD prompt", "gold": "GOLD"}
     arms = {"gold-plain": "plain prompt", "gold-ood": "OOD prompt", "gold": "GOLD (band)", "gold-random": "random",
             "gold-top": "top", "gold-t1": "plain at T = 1"}
@@ -522,16 +471,15 @@ def main(source=ROOT / "assets/results.jsonl", folder=ROOT / "assets"):
     excess = Path(source).with_name("excess.json")
     data = json.loads(excess.read_text()) if excess.exists() else None
     three = {"kl-more": "+KL", "seqkd-more": "+SeqKD", "llmr": "LLMR"}
-    values = {"teacher": "teacher", "kl-more": "+KL", "llmr": "V = max", "llmr-mean": "V = mean", "llmr-lse": "V = lse"}
     starts = {"from the KL-distilled start": {"kl-more": "+KL", "seqkd-more": "+SeqKD", "llmr": "LLMR, 300 updates",
                                               "llmr-100": "100", "llmr-50": "50", "llmr-25": "25"},
               "from a weaker start": {"kl-mid": "+KL", "seqkd-mid": "+SeqKD", "llmr-mid": "LLMR, lr 3e-4",
                                       "llmr-mid-lr1e-3": "lr 1e-3"}}
-    everyone = {"sft-2x": "SFT", "seqkd-2x": "SeqKD", "kd": "KD", "kd-teacher": "KD, teacher text",
+    everyone = {"sft": "SFT", "seqkd": "SeqKD", "kd": "KD", "kd-teacher": "KD, teacher text",
                 "reverse-kl": "reverse KL", "dpkd": "DPKD", "llmr": "LLMR", "kl-more": "KL"}
     figures = {
         "overview.png": (everyone, lambda title: overview(records, everyone, title),
-                         "One ruler for all, mean of {}, each its own world (dashed: from the KL-distilled start)"),
+                         "500 steps each, mean of {}; dashed: 300 more, from a start that 1,500 steps of KD made"),
         "kd_forward.png": (kd, lambda title: curves(records, kd, title),
                            "Same student, same 500 steps, {} (thin): what the teacher gives decides"),
         "llmr_frontier.png": ([row for rows in starts.values() for row in rows],
@@ -543,14 +491,8 @@ def main(source=ROOT / "assets/results.jsonl", folder=ROOT / "assets"):
                             "Excess error: the ratio (right) says little without the two that it is made of"),
         "llmr_reward.png": (data and {}, lambda title: token_rewards(data, title),
                             "What the teacher's logits pay for each token"),
-        "llmr_length.png": (data and {}, lambda title: length_histogram(data, values, title),
-                            "Length of sampled responses, seeds together: LLMR drops the long wordings"),
         "dpkd_margin.png": (margins, lambda title: pairs(records, margins, margin, 1.1, title),
                             "Margin / beta, nats, {} (thin): stale pairs flatter the student, fresh ones do not"),
-        "dpkd_nll.png": (nlls, lambda title: pairs(records, nlls, nll, 0.75, title),
-                         "-log q of the training pairs, nats a response, {} (thin): frozen y_s make even y_t rare"),
-        "dpkd_length.png": (length, lambda title: lengths(records, length, title),
-                            "By length of the gold response, {} (thin)"),
         "ddk_gap.png": (gaps, lambda title: by_domain(records, gaps, title),
                         "Gap to the teacher, PPL(q) / PPL(p), by domain, {} (thin)"),
         "ddk_shares.png": ({"ddk": ""}, lambda title: mixtures(records, title),
@@ -560,7 +502,6 @@ def main(source=ROOT / "assets/results.jsonl", folder=ROOT / "assets"):
         "ddk_sets.png": ([*of_each, "mild", "alike", "same", "mild-natural", "alike-natural", "same-natural"],
                          lambda title: sets(records, others, of_each, title),
                          "What there is to gain hangs on how unlike the gaps are, {} (thin)"),
-        "ddk_ppl.png": (plain, lambda title: perplexities(records, plain, title), "Perplexity by domain, mean of {}"),
         "gold_written.png": (wrote, lambda title: written(records, wrote, title),
                              "What the LLM wrote, share of all samples, mean of {} (dots: seeds)"),
         "gold_coverage.png": (arms, lambda title: coverage(records, arms, title),

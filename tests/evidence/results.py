@@ -172,8 +172,8 @@ STARTS = {  # the table of all methods: start, then method: row
         "reverse KL on own text": "reverse-kl", "DPKD": "dpkd-alone", "DPKD with anchor": "dpkd",
         "DPKD, stale negatives": "frozen-b01", "DPKD, released token form": "token", "LLMR": "llmr-sft"},
     "start: KL-distilled": {
-        "SFT": "sft-late", "KD on teacher text": "kl-more", "SeqKD": "seqkd-more",
-        "reverse KL on own text": "reverse-kl-late", "DPKD with anchor": "dpkd-late", "LLMR": "llmr"},
+        "KD on teacher text": "kl-more", "SeqKD": "seqkd-more",
+        "reverse KL on own text": "reverse-kl-late", "LLMR": "llmr"},
 }
 ANSWERS = ["kl_pq", "kl_qp", "valid", "valid_greedy", "mode_distance", "entropy"]
 DOMAINS = ["worst_gap", "mean_gap", "mean_ce"]
