@@ -735,12 +735,14 @@ def load_pair(cfg, device, same_tokens=True, world="answers"):
     student = load_model(paths["student"], device, seed=cfg.seed)
     if cfg.recompute:
         recompute(student)
-    if cfg.teacher == "none":
-        return student, None, tokenizer
-    teacher = load_model(paths["teacher"], device, compute_dtype(cfg, device), "teacher",
-                         device_map=cfg.teacher_device_map)
-    teacher.requires_grad_(False)
-    if same_tokens:
+    teacher = None
+    if cfg.teacher != "none":
+        teacher = load_model(paths["teacher"], device, compute_dtype(cfg, device), "teacher",
+                             device_map=cfg.teacher_device_map).requires_grad_(False)
+    size = sum(model.num_parameters() for model in (student, teacher) if model is not None)
+    if device.type == "cpu" and size < 10**6 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # on several the steps of such models take longer, beside other work much
+    if teacher is not None and same_tokens:
         other = load_tokenizer(paths["teacher"], "teacher")
         agree = tokenizer(PROBE).input_ids == other(PROBE).input_ids
         if not agree or tokenizer.eos_token_id != other.eos_token_id:
