@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import KINDS, any_run, small_config
+from tokenizers.processors import TemplateProcessing
 
 import common
 from common import Example
@@ -222,6 +223,18 @@ def test_chat_template_is_used_where_there_is_one(pair):
     assert tokenizer.decode(ids) == "<|endoftext|>user: the <|endoftext|> cat\nbot:" and ids.count(tokenizer.eos_token_id) == 1
     plain = common.prompt_encoder(tokenizer, "Q: {prompt} A:", model, 64)("the cat")
     assert tokenizer.decode(plain) == "Q: the cat A:"
+
+
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(pair):
+    """Llama's tokenizers put a begin-of-sequence token there: once, before the template, and never into a response."""
+    model, tokenizer = load(pair, "llama")
+    begin = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    for template, text in (("auto", "the cat\n"), ("Q: {prompt} A:", "Q: the cat A:")):
+        ids = common.prompt_encoder(tokenizer, template, model, 64)("the cat")
+        assert ids[0] == 0 and 0 not in ids[1:] and tokenizer.decode(ids[1:]) == text
+    short = common.prompt_encoder(tokenizer, "auto", model, 4)("the cat sat on the mat")
+    assert len(short) == 4 and short[0] == 0
 
 
 def test_long_prompts_lose_their_beginning_and_keep_the_template(pair):

@@ -404,6 +404,23 @@ def test_a_run_resumes_after_its_last_look_at_the_gaps(cfg, resumes_bitwise):
     resumes_bitwise(ddk.train, cfg(interval=6, steps=9, save_every=7), died=8)
 
 
+def test_a_run_that_resumes_at_the_first_step_of_an_interval_keeps_its_old_shares(cfg, resumes_bitwise):
+    resumes_bitwise(ddk.train, cfg(steps=7, interval=2, save_every=4), died=5)
+
+
+def test_the_gaps_of_the_result_are_those_of_the_test_split_for_both_models(cfg):
+    """And those of the log of the validation split, so that nothing that is reported has steered."""
+    result, c = ddk.train(cfg(steps=0)), cfg()
+    student, teacher, tokenizer = common.load_pair(c, CPU)
+    data = common.load_domains(c, student, teacher, tokenizer)
+    logged = records(c, "valid")[0]["valid"]
+    ce = lambda model, split: ddk.domain_ce(model, getattr(data, split), c)
+    gaps = {split: (ce(student, split) - ce(teacher, split)).exp().tolist() for split in ("valid", "test")}
+    assert [result[f"before.gap_{n}"] for n in data.names] == pytest.approx(gaps["test"], rel=1e-4)
+    assert [logged[f"gap_{n}"] for n in data.names] == pytest.approx(gaps["valid"], rel=1e-4)
+    assert [result[f"teacher.ppl_{n}"] for n in data.names] == pytest.approx(ce(teacher, "test").exp().tolist(), rel=1e-4)
+
+
 def test_accumulation_in_the_script_itself(cfg, tmp_path):
     norms = []
     for accum in (1, 2, 6):

@@ -300,3 +300,42 @@ def test_a_corpus_is_cut_into_blocks_with_ends_of_documents(dpkd_config, tmp_pat
     assert plain == rows and tokenizer.decode(plain[0].response) == "the cat\nsat<|endoftext|>a dog<|endoftext|>"
     cfg.max_response = 2
     assert [len(e.response) for e in common.load_corpus(tmp_path / "a.txt", tokenizer, cfg)][:2] == [2, 2]
+
+
+def test_the_margin_of_fresh_pairs_divides_each_text_by_its_own_length(dpkd_config, monkeypatch):
+    cfg = dpkd_config("llama", length_norm=True, beta=0.1)
+    student, teacher, tokenizer = common.load_pair(cfg, CPU)
+    valid = common.load_data(cfg, student, teacher, tokenizer).valid
+    written = {"teacher": [dataclasses.replace(e, response=[4, 7]) for e in valid],
+               "student": [dataclasses.replace(e, response=[5, 3, 8, 6, 9]) for e in valid]}
+    monkeypatch.setattr(common, "answer_examples", lambda *a, seed, role="student": written[role])
+    got = dpkd.fresh_pairs(teacher, student, valid, tokenizer, cfg, lambda step: step)()["fresh_margin"]
+    rho = {by: dpkd.fixed_logprobs(student, part, cfg, "student") - dpkd.fixed_logprobs(teacher, part, cfg, "teacher")
+           for by, part in written.items()}
+    assert got == pytest.approx(0.1 * (rho["teacher"] / 2 - rho["student"] / 5).mean().item(), rel=1e-6)
+
+
+def test_fresh_y_s_have_other_noise_than_fresh_y_t_and_than_the_pairs_of_any_step(dpkd_config, monkeypatch):
+    """A student close to its teacher would repeat y_t under one noise: a margin of 0 that says nothing."""
+    cfg = dpkd_config("llama", steps=2)
+    student, teacher, tokenizer = common.load_pair(cfg, CPU)
+    valid, seeds, real = common.load_data(cfg, student, teacher, tokenizer).valid, [], common.answer_examples
+    monkeypatch.setattr(common, "answer_examples", lambda *a, seed, **k: (seeds.append(seed), real(*a, seed=seed, **k))[1])
+    evaluate_fresh = dpkd.fresh_pairs(teacher, student, valid, tokenizer, cfg, lambda step: step)
+    assert evaluate_fresh() == evaluate_fresh()
+    y_t, y_s, again = seeds
+    assert y_s == again and y_t != y_s and y_t < 0 and y_s < 0
+
+
+def test_negatives_of_an_epoch_are_drawn_before_its_first_step(dpkd_config, monkeypatch):
+    """66 prompts, 22 a step: before steps 0 and 3."""
+    cfg = dpkd_config(negatives="epoch", steps=5, batch_size=22, eval_every=9)
+    drawn, done, real, end_step = [], [], common.answer_examples, common.Run.end_step
+
+    def answer_examples(model, examples, tokenizer, cfg, temperature=1.0, seed=0, role="student"):
+        drawn.extend([len(done)] if len(examples) == 66 and role == "student" else [])
+        return real(model, examples, tokenizer, cfg, temperature, seed, role)
+    monkeypatch.setattr(common, "answer_examples", answer_examples)
+    monkeypatch.setattr(common.Run, "end_step", lambda self, step, **p: done.append(step) or end_step(self, step, **p))
+    dpkd.train(cfg)
+    assert drawn == [0, 3]

@@ -108,6 +108,19 @@ def test_dropout_plays_no_part_in_what_is_measured(config):
     assert evaluate(student) == evaluate(student.train()) and student.training
 
 
+def test_a_measurement_does_not_depend_on_the_size_of_chunks(config, monkeypatch):
+    """Of a large vocabulary a chunk is a part of a batch, and begins in the middle of a response."""
+    cfg = config("llama")
+    student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
+    test = common.load_data(cfg, student, teacher, tokenizer).test
+    measure = lambda: common.per_response(common.both_kl, student, teacher, test, cfg)
+    whole = measure()
+    monkeypatch.setattr(common, "chunks", lambda rows, *_: [slice(i, i + 5) for i in range(0, rows, 5)])
+    assert len(test) > 2 and torch.allclose(measure(), whole, rtol=1e-5)
+    alone = [common.per_response(common.both_kl, student, teacher, [e], cfg) for e in test]
+    assert torch.allclose(torch.cat(alone), whole, rtol=1e-4)
+
+
 def test_kl_on_references_needs_no_sampling(config):
     cfg = config("gpt2", kl_on="references")
     student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))

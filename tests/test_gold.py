@@ -3,6 +3,7 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -261,6 +262,43 @@ def test_energies_skip_padding(gold_config, monkeypatch):
         assert e == pytest.approx(-logits.logsumexp(-1).mean().item(), abs=1e-4)
 
 
+def test_labels_are_drawn_for_each_sample_apart(gold_config, monkeypatch):
+    """Not those of X_t again for V_t, nor those of the last round; over many draws each label comes as often as another."""
+    asked, words = [], list(common.load_task("reviews")["labels"])
+
+    def write(llm, task, shots, given, opening, call, held_out, cfg):
+        asked.append([g["label"] for g in given])
+        return [{**g, "text": "a cat"} for g in given]
+    monkeypatch.setattr(gold, "write_samples", write)
+    monkeypatch.setattr(gold, "train_scorer", lambda *a: None)
+    gold.train(gold_config(steps=0, budget=256, round_size=16))
+    assert len(asked) == 16 and len({tuple(x) for x in asked}) == 16
+    drawn = [label for x in asked for label in x]
+    assert set(drawn) == set(words) and all(abs(drawn.count(w) - 256 / len(words)) < 50 for w in words)
+
+
+def test_the_scorer_sees_every_sample_once_a_pass_in_a_new_order(gold_config, monkeypatch):
+    """Samples lie in the order of their rounds, those of a round with plain before OOD: batches must mix them."""
+    cfg, read, collate = gold_config(passes=3, batch_size=4), [], common.collate
+    scorer = common.load_model(cfg.student, CPU)
+    examples = [common.Example([5 + i], [5 + i], [3, 4]) for i in range(10)]
+    monkeypatch.setattr(common, "collate", lambda part, *a: (read.append([examples.index(e) for e in part]), collate(part, *a))[1])
+    optimizer = torch.optim.AdamW(scorer.parameters())
+    gold.train_scorer(scorer, optimizer, examples, random.Random(0), cfg, SimpleNamespace(device=CPU))
+    assert [len(x) for x in read] == [4, 4, 2] * 3
+    passes = [sum(read[i:i + 3], []) for i in (0, 3, 6)]
+    assert all(sorted(p) == list(range(10)) for p in passes)
+    assert len({tuple(p) for p in [*passes, range(10)]}) == 4
+
+
+def test_the_scorer_is_trained_every_retrain_rounds_at_its_own_rate(gold_config, monkeypatch):
+    """Before rounds 2 and 4 of 6, on the 8 samples of each round so far."""
+    trained = []
+    monkeypatch.setattr(gold, "train_scorer", lambda scorer, optimizer, examples, *a: trained.append((len(examples), optimizer.param_groups[0]["lr"])))
+    gold.train(gold_config(steps=0, retrain=2, scorer_lr=0.003, lr=0.007))
+    assert trained == [(16, 0.003), (32, 0.003)]
+
+
 @pytest.fixture
 def written(monkeypatch):
     """What is written in a run: for each call of write_samples (opening, round, shots, held out, samples)."""
@@ -378,6 +416,13 @@ def test_what_the_llm_answers_is_read_leniently():
         assert gold.llm_answers(lambda *a, text=text: [text], task, RTE, [row]) == [label]
 
 
+def test_a_label_that_begins_like_another_is_not_taken_for_it():
+    task = {**common.load_task("rte"), "labels": {"sport": "", "sport news": "", "art": ""}}
+    row = {"sample": {"Sentence1": "A.", "Sentence2": "B."}}
+    for text, label in ((" Sport.", "sport"), (" Sport news, of course", "sport news"), (" Art", "art")):
+        assert gold.llm_answers(lambda *a, text=text: [text], task, RTE, [row]) == [label]
+
+
 def test_an_llm_that_writes_nothing_usable_stops_the_run_with_three_of_its_texts(gold_config, monkeypatch):
     calls = []
     real = common.LLM.__call__
@@ -403,3 +448,11 @@ def test_a_handful_of_test_rows_need_not_hold_a_rare_topic():
     assert common.task_metrics(task, ["good", "good"], rows) == {"accuracy": 0.25, "accuracy_uniform": 0.5}
     found = common.task_metrics(task, ["good", "good"], [rows[0], {**rows[1], "tail": True}])
     assert found["accuracy_tail"] == 0
+
+
+def test_rows_count_by_their_weights_whatever_those_add_up_to():
+    rows = [{"references": ["good"], "weight": 0.5, "tail": False}, {"references": ["bad"], "weight": 0.3, "tail": True}]
+    for scale in (1, 10):
+        part = [{**r, "weight": scale * r["weight"]} for r in rows]
+        found = common.task_metrics({"metric": "exact"}, ["good", "good"], part)
+        assert found == {"accuracy": pytest.approx(0.625), "accuracy_uniform": 0.5, "accuracy_tail": 0.0}

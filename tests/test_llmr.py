@@ -128,6 +128,15 @@ def test_the_teachers_greedy_response_has_summed_reward_v_of_the_first_state():
     assert torch.allclose(llmr.induced_reward(q, v, lengths).sum(-1), v[:, 0], atol=1e-12) and (a == 0).all()
 
 
+@pytest.mark.parametrize("value", ["max", "mean", "lse"])
+def test_the_advantage_is_below_the_likeliest_token_whatever_v_is(value):
+    """A_t = log p(a_t|s_t) - max_a log p(a|s_t): what is logged as `advantage`, so that runs with other V compare."""
+    logits, tokens = torch.randn(40, 9, dtype=torch.double), torch.arange(40) % 9
+    logp = logits.log_softmax(-1)
+    wanted = [(logp[i, t] - logp[i].max()).item() for i, t in enumerate(tokens.tolist())]
+    assert llmr.teacher_values(logits, tokens, value)[2].tolist() == pytest.approx(wanted, abs=1e-12)
+
+
 def test_what_lies_beyond_a_response_changes_nothing():
     """Padding behind the last token may be anything, NaN too: there V is 0 by definition."""
     logits, tokens, lengths = rollouts(B=40, N=6)
@@ -401,6 +410,16 @@ def test_resume_ends_bitwise_like_an_uninterrupted_run(llmr_config, resumes_bitw
 def test_bad_input_is_told_in_a_sentence(llmr_config, settings, match):
     with pytest.raises(common.BadInput, match=match):
         llmr.train(llmr_config(**settings))
+
+
+def test_an_end_in_the_last_place_that_is_allowed_is_an_end(llmr_config, monkeypatch):
+    """As long as a cut response is, but for its EOS it would go on: `no_end` asks for the EOS, not for the length."""
+    def sample(model, prompts, *args, eos, **kwargs):
+        return [[5, 5 if i % 4 == 0 else eos] for i in range(len(prompts))], [torch.zeros(2)] * len(prompts)
+    monkeypatch.setattr(common, "sample", sample)
+    cfg = llmr_config(max_response=2)
+    llmr.train(cfg)
+    assert {json.loads(x)["no_end"] for x in open(f"{cfg.out}/log.jsonl") if "loss" in x} == {0.25}
 
 
 def test_truncated_samples_are_kept_by_default_and_an_exploding_loss_stops_the_run(llmr_config, monkeypatch, tmp_path, capsys):

@@ -83,6 +83,28 @@ def test_the_optimizer_steps_with_that_learning_rate(name, any_root, tmp_path, m
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Dropout
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", METHODS)
+def test_every_step_has_dropout_but_those_of_llmr_and_dpkd(name, any_root, tmp_path, monkeypatch):
+    """Also after an evaluation and after sampling, which turn it off for themselves. GOLD: the scorer's steps too."""
+    real, seen = common.response_states, []
+
+    def response_states(model, *args):
+        states = real(model, *args)
+
+        def call(batch):
+            hidden = states(batch)
+            seen.extend([model.training] if hidden.requires_grad else [])
+            return hidden
+        return call
+    monkeypatch.setattr(common, "response_states", response_states)
+    cfg = any_run(name, any_root, tmp_path / "run", steps=3, eval_every=1, budget=24)
+    importlib.import_module(name).train(cfg)
+    assert len(seen) >= 3 and set(seen) == {name not in ("llmr", "dpkd")}
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # What a run says at its end, and runs side by side
 # ---------------------------------------------------------------------------------------------------------------
 def test_the_headline_that_moved_most_is_named():
