@@ -18,7 +18,7 @@ GRAMMAR = json.loads((world.HERE / "grammar.json").read_text())
 @pytest.fixture(scope="module")
 def library():
     """The pieces of the standard library, read once."""
-    pieces = world.library()
+    pieces = world.stdlib_pieces()
     with pytest.MonkeyPatch.context() as m:
         m.setattr(world, "library", lambda: tuple(map(list, pieces)))
         yield

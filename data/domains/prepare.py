@@ -37,7 +37,7 @@ HERE = Path(__file__).resolve().parent
 # ----------------------------------------------------------------------------------------------------------
 # Documents
 # ----------------------------------------------------------------------------------------------------------
-def library():
+def stdlib_pieces():
     """Pieces of the standard library, in a fixed order: (code without docstrings, docstrings)."""
     code, prose = [], []
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -117,7 +117,7 @@ def endless(write, rng, words):
 
 def make_corpus(size, words):
     """{domain: documents}, different ones: of the library a random subset, of the generators as much as is wanted."""
-    code, prose = library()
+    code, prose = stdlib_pieces()
     rng = random.Random("world 3")
     rng.shuffle(code)
     rng.shuffle(prose)
