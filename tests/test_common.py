@@ -226,7 +226,7 @@ def test_chat_template_is_used_where_there_is_one(pair):
 
 
 def test_a_prompt_begins_as_the_tokenizer_begins_a_text(pair):
-    """Llama's tokenizers put a begin-of-sequence token there: once, before the template, and never into a response."""
+    """Llama's tokenizers put a begin-of-sequence token there: once, and before the template."""
     model, tokenizer = load(pair, "llama")
     begin = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     tokenizer.backend_tokenizer.post_processor = begin

@@ -310,8 +310,8 @@ def test_the_margin_of_fresh_pairs_divides_each_text_by_its_own_length(dpkd_conf
                "student": [dataclasses.replace(e, response=[5, 3, 8, 6, 9]) for e in valid]}
     monkeypatch.setattr(common, "answer_examples", lambda *a, seed, role="student": written[role])
     got = dpkd.fresh_pairs(teacher, student, valid, tokenizer, cfg, lambda step: step)()["fresh_margin"]
-    rho = {by: dpkd.fixed_logprobs(student, part, cfg, "student") - dpkd.fixed_logprobs(teacher, part, cfg, "teacher")
-           for by, part in written.items()}
+    score = lambda model, by, role: dpkd.fixed_logprobs(model, written[by], cfg, role)
+    rho = {by: score(student, by, "student") - score(teacher, by, "teacher") for by in written}
     assert got == pytest.approx(0.1 * (rho["teacher"] / 2 - rho["student"] / 5).mean().item(), rel=1e-6)
 
 
@@ -319,8 +319,13 @@ def test_fresh_y_s_have_other_noise_than_fresh_y_t_and_than_the_pairs_of_any_ste
     """A student close to its teacher would repeat y_t under one noise: a margin of 0 that says nothing."""
     cfg = dpkd_config("llama", steps=2)
     student, teacher, tokenizer = common.load_pair(cfg, CPU)
-    valid, seeds, real = common.load_data(cfg, student, teacher, tokenizer).valid, [], common.answer_examples
-    monkeypatch.setattr(common, "answer_examples", lambda *a, seed, **k: (seeds.append(seed), real(*a, seed=seed, **k))[1])
+    valid = common.load_data(cfg, student, teacher, tokenizer).valid
+    seeds, real = [], common.answer_examples
+
+    def answer_examples(*args, seed, **kwargs):
+        seeds.append(seed)
+        return real(*args, seed=seed, **kwargs)
+    monkeypatch.setattr(common, "answer_examples", answer_examples)
     evaluate_fresh = dpkd.fresh_pairs(teacher, student, valid, tokenizer, cfg, lambda step: step)
     assert evaluate_fresh() == evaluate_fresh()
     y_t, y_s, again = seeds
@@ -336,6 +341,7 @@ def test_negatives_of_an_epoch_are_drawn_before_its_first_step(dpkd_config, monk
         drawn.extend([len(done)] if len(examples) == 66 and role == "student" else [])
         return real(model, examples, tokenizer, cfg, temperature, seed, role)
     monkeypatch.setattr(common, "answer_examples", answer_examples)
-    monkeypatch.setattr(common.Run, "end_step", lambda self, step, **p: done.append(step) or end_step(self, step, **p))
+    monkeypatch.setattr(common.Run, "end_step",
+                        lambda self, step, **p: done.append(step) or end_step(self, step, **p))
     dpkd.train(cfg)
     assert drawn == [0, 3]

@@ -263,7 +263,7 @@ def test_energies_skip_padding(gold_config, monkeypatch):
 
 
 def test_labels_are_drawn_for_each_sample_apart(gold_config, monkeypatch):
-    """Not those of X_t again for V_t, nor those of the last round; over many draws each label comes as often as another."""
+    """Not those of X_t again for V_t, nor those of another round; each label about as often as another."""
     asked, words = [], list(common.load_task("reviews")["labels"])
 
     def write(llm, task, shots, given, opening, call, held_out, cfg):
@@ -278,11 +278,15 @@ def test_labels_are_drawn_for_each_sample_apart(gold_config, monkeypatch):
 
 
 def test_the_scorer_sees_every_sample_once_a_pass_in_a_new_order(gold_config, monkeypatch):
-    """Samples lie in the order of their rounds, those of a round with plain before OOD: batches must mix them."""
+    """Samples lie in the order of their rounds, plain before OOD: batches must mix them."""
     cfg, read, collate = gold_config(passes=3, batch_size=4), [], common.collate
     scorer = common.load_model(cfg.student, CPU)
     examples = [common.Example([5 + i], [5 + i], [3, 4]) for i in range(10)]
-    monkeypatch.setattr(common, "collate", lambda part, *a: (read.append([examples.index(e) for e in part]), collate(part, *a))[1])
+
+    def look(part, *args):
+        read.append([examples.index(e) for e in part])
+        return collate(part, *args)
+    monkeypatch.setattr(common, "collate", look)
     optimizer = torch.optim.AdamW(scorer.parameters())
     gold.train_scorer(scorer, optimizer, examples, random.Random(0), cfg, SimpleNamespace(device=CPU))
     assert [len(x) for x in read] == [4, 4, 2] * 3
@@ -294,7 +298,10 @@ def test_the_scorer_sees_every_sample_once_a_pass_in_a_new_order(gold_config, mo
 def test_the_scorer_is_trained_every_retrain_rounds_at_its_own_rate(gold_config, monkeypatch):
     """Before rounds 2 and 4 of 6, on the 8 samples of each round so far."""
     trained = []
-    monkeypatch.setattr(gold, "train_scorer", lambda scorer, optimizer, examples, *a: trained.append((len(examples), optimizer.param_groups[0]["lr"])))
+
+    def train_scorer(scorer, optimizer, examples, *args):
+        trained.append((len(examples), optimizer.param_groups[0]["lr"]))
+    monkeypatch.setattr(gold, "train_scorer", train_scorer)
     gold.train(gold_config(steps=0, retrain=2, scorer_lr=0.003, lr=0.007))
     assert trained == [(16, 0.003), (32, 0.003)]
 
@@ -451,7 +458,8 @@ def test_a_handful_of_test_rows_need_not_hold_a_rare_topic():
 
 
 def test_rows_count_by_their_weights_whatever_those_add_up_to():
-    rows = [{"references": ["good"], "weight": 0.5, "tail": False}, {"references": ["bad"], "weight": 0.3, "tail": True}]
+    rows = [{"references": ["good"], "weight": 0.5, "tail": False},
+            {"references": ["bad"], "weight": 0.3, "tail": True}]
     for scale in (1, 10):
         part = [{**r, "weight": scale * r["weight"]} for r in rows]
         found = common.task_metrics({"metric": "exact"}, ["good", "good"], part)

@@ -130,7 +130,7 @@ def test_the_teachers_greedy_response_has_summed_reward_v_of_the_first_state():
 
 @pytest.mark.parametrize("value", ["max", "mean", "lse"])
 def test_the_advantage_is_below_the_likeliest_token_whatever_v_is(value):
-    """A_t = log p(a_t|s_t) - max_a log p(a|s_t): what is logged as `advantage`, so that runs with other V compare."""
+    """A_t = log p(a_t|s_t) - max_a log p(a|s_t), so that `advantage` in the log compares between --value."""
     logits, tokens = torch.randn(40, 9, dtype=torch.double), torch.arange(40) % 9
     logp = logits.log_softmax(-1)
     wanted = [(logp[i, t] - logp[i].max()).item() for i, t in enumerate(tokens.tolist())]
@@ -413,9 +413,10 @@ def test_bad_input_is_told_in_a_sentence(llmr_config, settings, match):
 
 
 def test_an_end_in_the_last_place_that_is_allowed_is_an_end(llmr_config, monkeypatch):
-    """As long as a cut response is, but for its EOS it would go on: `no_end` asks for the EOS, not for the length."""
+    """It is as long as a response that was cut: `no_end` asks for the EOS, not for the length."""
     def sample(model, prompts, *args, eos, **kwargs):
-        return [[5, 5 if i % 4 == 0 else eos] for i in range(len(prompts))], [torch.zeros(2)] * len(prompts)
+        responses = [[5, 5 if i % 4 == 0 else eos] for i in range(len(prompts))]
+        return responses, [torch.zeros(2)] * len(prompts)
     monkeypatch.setattr(common, "sample", sample)
     cfg = llmr_config(max_response=2)
     llmr.train(cfg)

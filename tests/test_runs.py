@@ -87,7 +87,7 @@ def test_the_optimizer_steps_with_that_learning_rate(name, any_root, tmp_path, m
 # ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", METHODS)
 def test_every_step_has_dropout_but_those_of_llmr_and_dpkd(name, any_root, tmp_path, monkeypatch):
-    """Also after an evaluation and after sampling, which turn it off for themselves. GOLD: the scorer's steps too."""
+    """Also after an evaluation and after sampling, which turn it off. GOLD: the scorer's steps too."""
     real, seen = common.response_states, []
 
     def response_states(model, *args):
