@@ -318,6 +318,8 @@ BUGS = [
         "Llama reads prompts without their begin-of-sequence token, with which it was trained throughout.", "Teacher and student are both a bit worse, and agree on it; GPT-2 and Qwen have no such token."),
     Bug(DPKD, 'epoch(step) != epoch(step - 1)', 'epoch(step) != epoch(step + 1)', "dpkd::negatives_of_an_epoch_are_drawn_before_its_first_step",
         "Negatives are drawn a step too early: the first epoch's last step uses the next one's, which is then a step old.", "Once an epoch it is, either way.", dict(negatives="epoch")),
+    Bug(COMMON, "+ [tokenizer.eos_token_id]\n        self.answers", "+ []\n        self.answers", "answers::exact_mass_is_the_probability_of_sampling_a_right_answer",
+        "Right answers are scored without their EOS: a student that never stops has all the mass.", "A trained student does stop, nearly always: the number is hardly larger."),
 ]
 
 
