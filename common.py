@@ -2419,7 +2419,8 @@ def compare(folders):
             raise BadInput(f"{folder}: no run can be read there ({first_line(e)})") from None
         runs[folder.name if folder.name not in runs else str(folder)] = settings, log, result
     width = max(20, *map(len, runs)) + 2
-    line = lambda name, cells: print(f"{name:<20}" + "".join(f"{str(c):>{width}}" for c in cells))
+    cut = lambda cell: f"{str(cell)[2 - width:]:>{width}}"  # of a long path its end
+    line = lambda name, cells: print(f"{name:<20}" + "".join(map(cut, cells)))
     line("", runs)
     names = dict.fromkeys(k for settings, _, _ in runs.values() for k in settings)
     for k in names:
