@@ -20,7 +20,7 @@ def library():
     """The pieces of the standard library, read once."""
     pieces = world.stdlib_pieces()
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(world, "library", lambda: tuple(map(list, pieces)))
+        m.setattr(world, "stdlib_pieces", lambda: tuple(map(list, pieces)))
         yield
 
 
