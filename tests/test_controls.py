@@ -572,7 +572,7 @@ def test_llmr_release_weights_by_the_samplers_own_logprobs(control_config, monke
     for step, (logq, b) in enumerate(weighted):
         prompts, (responses, logb) = drawn[step]
         logb = torch.cat([logb[i] for i in sorted(range(8), key=lambda i: len(prompts[i]) + len(responses[i]))])
-        assert torch.equal(b, logb)
+        assert b is not None and torch.equal(b, logb)
         assert torch.allclose(logq, logb, atol=1e-4) == ("sync" in settings and settings["sync"] == 2 and step % 2 == 0), step
 
 
