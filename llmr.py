@@ -73,10 +73,10 @@ class Config(common.Settings):
     baseline: str = "none"           # subtracted from returns: none, value (V), mean (of the others)
     sync: int = 1                    # updates between refreshes of the sampler; 1: on policy, rho = 1
     # optimization
-    steps: int = 300                 # optimizer steps; 0 only evaluates
+    steps: int = 600                 # optimizer steps; 0 only evaluates
     batch_size: int = 64             # sequences of one optimizer step
     accum: int = 1                   # micro-batches they are split into: raise it when memory runs out
-    lr: float = 3e-4                 # peak; right for the tiny world, 1e-6 to 1e-5 for pretrained models
+    lr: float = 1e-3                 # peak; right for the tiny world, 1e-6 to 1e-5 for pretrained models
     warmup: int = 20                 # steps of linear warm-up; after it a cosine down to a tenth of lr
     weight_decay: float = 0.01       # AdamW's
     clip: float = 1.0                # largest gradient norm

@@ -51,10 +51,10 @@ class Config(common.Settings):
     discard: bool = True             # drop responses without an end, divide by the tokens of the others
     entropy: float = 0.0             # weight of the cross entropy to the uniform distribution; 1e-3 or more
     # optimization
-    steps: int = 300                 # optimizer steps; 0 only evaluates
+    steps: int = 600                 # optimizer steps; 0 only evaluates
     batch_size: int = 64             # sequences of one optimizer step
     accum: int = 1                   # micro-batches they are split into: raise it when memory runs out
-    lr: float = 3e-4                 # peak; right for the tiny world, 1e-6 to 1e-5 for pretrained models
+    lr: float = 1e-3                 # peak; right for the tiny world, 1e-6 to 1e-5 for pretrained models
     warmup: int = 20                 # steps of linear warm-up; after it a cosine down to a tenth of lr
     weight_decay: float = 0.01       # AdamW's
     clip: float = 1.0                # largest gradient norm

@@ -21,7 +21,7 @@ falls: the student then says a part of what the teacher says. `no_end` is the sh
 EOS.
 
     python -m tests.controls.reverse_kl                                         from the supervised student
-    python -m tests.controls.reverse_kl --student tiny-kl --steps 300 --lr 3e-4    from the KL-distilled one
+    python -m tests.controls.reverse_kl --student tiny-kl --steps 600 --lr 1e-3    from the KL-distilled one
 """
 import math
 import sys

@@ -18,7 +18,7 @@ What to watch: `valid_greedy` and `mode_distance`. `kl_pq` rises while the loss 
 distribution.
 
     python -m tests.controls.seqkd_greedy                                                from the supervised student
-    python -m tests.controls.seqkd_greedy --student tiny-kl --steps 300 --lr 3e-4        from the KL-distilled one
+    python -m tests.controls.seqkd_greedy --student tiny-kl --steps 600 --lr 1e-3        from the KL-distilled one
 """
 import sys
 from dataclasses import dataclass

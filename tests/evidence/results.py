@@ -14,6 +14,8 @@ the program of its world, and the same of the row whose student it starts from. 
 student is never run on one that other code has made: that row is run again first.
 """
 import argparse
+import ast
+import fcntl
 import hashlib
 import json
 import math
@@ -31,17 +33,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 FILE, PAGE = ROOT / "assets/results.jsonl", ROOT / "assets/results.md"
 SEEDS = range(10, 15)  # rows with 3 seeds use the first three
-MID = "--student out/results/kd-teacher-{seed}/student"
-FEW = ("--data out/worlds/few64-{seed} --teacher out/worlds/answers-{seed}/teacher "
+FEW = ("--data out/worlds/few-{seed} --teacher out/worlds/answers-{seed}/teacher "
        "--student out/worlds/answers-{seed}/student")
-LATE = "--student tiny-kl --steps 300 --lr 3e-4"
+LATE = "--student tiny-kl --steps 600 --lr 1e-3"
 SETS = ("mild", "alike", "same")
 WORLDS = {  # out/worlds/NAME-N: how it is made
     **{name: f"python data/domains/prepare.py out/worlds/{name}-{{seed}} --set {name} --number {{seed}}" for name in SETS},
     "answers": "python data/answers/prepare.py out/worlds/answers-{seed} --number {seed}",
     # the last prompts have no label, so that the student has not seen them
-    "few64": "mkdir -p out/worlds/few64-{seed} && cp out/worlds/answers-{seed}/data/*.jsonl out/worlds/few64-{seed} && "
-             "tail -n 64 out/worlds/answers-{seed}/data/train.jsonl > out/worlds/few64-{seed}/train.jsonl",
+    "few": "mkdir -p out/worlds/few-{seed} && cp out/worlds/answers-{seed}/data/*.jsonl out/worlds/few-{seed} && "
+           "tail -n 250 out/worlds/answers-{seed}/data/train.jsonl > out/worlds/few-{seed}/train.jsonl",
 }
 
 
@@ -52,80 +53,61 @@ def cooler(row, seeds):
 
 
 TABLES = {  # table: {row: (command, controls that paired differences are taken against, seeds)}
-    "kd": {
+    "kd": {  # from the supervised start
         "sft": ("kd_forward.py --alpha 0", [], 5),
         "kd": ("kd_forward.py", ["sft", "sft-2x"], 5),
-        "seqkd": ("kd_forward.py --responses teacher --alpha 0", ["sft"], 5),
+        "seqkd": ("kd_forward.py --responses teacher --alpha 0", ["sft", "sft-2x"], 5),
         "kd-teacher": ("kd_forward.py --responses teacher", ["seqkd", "seqkd-2x"], 5),
+        "seqkd-greedy": ("-m tests.controls.seqkd_greedy", ["seqkd", "kd-teacher"], 5),
+        "reverse-kl": ("-m tests.controls.reverse_kl", ["kd-teacher"], 5),
+        "dpkd": ("dpkd.py", ["sft", "seqkd", "kd-teacher", "reverse-kl"], 5),
+        "dpkd-anchor": ("dpkd.py --anchor 0.5", ["dpkd", "seqkd"], 5),  # as in the released code
+        "llmr-sft": ("llmr.py --student tiny", ["seqkd", "seqkd-greedy"], 5),
         "sft-2x": ("kd_forward.py --alpha 0 --steps 1000", [], 5),  # the seconds of kd
         "seqkd-2x": ("kd_forward.py --responses teacher --alpha 0 --steps 1000", [], 5),  # those of kd-teacher
-        "kd-teacher-2x": ("kd_forward.py --responses teacher --steps 1000 --cache-gib 1", ["seqkd-2x"], 5),  # cached
-        "kd-half": ("kd_forward.py --alpha 0.5", ["kd"], 5),
-        "kd-tau2": ("kd_forward.py --tau 2", ["kd"], 5),
-        "seqkd-greedy": ("-m tests.controls.seqkd_greedy", ["seqkd"], 5),
     },
-    "llmr": {  # from the KL-distilled start, where little is left to gain
-        "llmr": ("llmr.py", ["kl-more", "seqkd-more", "greedy-more", "kl-more-s", "seqkd-more-s"], 5),
+    "llmr": {  # from the KL-distilled start, which further KD does not move
+        "llmr": ("llmr.py", ["kl-more", "kl-more-2x", "seqkd-more-3x", "greedy-more", "greedy-more-3x", "reverse-kl-late"], 5),
         "kl-more": (f"kd_forward.py {LATE} --responses teacher", [], 5),
         "seqkd-more": (f"kd_forward.py {LATE} --responses teacher --alpha 0", ["kl-more"], 5),
-        "greedy-more": (f"-m tests.controls.seqkd_greedy {LATE}", ["seqkd-more"], 5),
-        # the seconds of llmr: 1.27 and 2.87 times as many steps were measured
-        "kl-more-s": ("kd_forward.py --student tiny-kl --responses teacher --steps 400 --lr 3e-4", [], 5),
-        "seqkd-more-s": ("kd_forward.py --student tiny-kl --responses teacher --alpha 0 --steps 900 --lr 3e-4", [], 5),
-        **cooler("kl-more", 5), **cooler("seqkd-more", 5),
-        "llmr-25": ("llmr.py --steps 25", [], 5),
-        "llmr-50": ("llmr.py --steps 50", [], 5),
-        "llmr-100": ("llmr.py --steps 100", [], 5),
+        "greedy-more": (f"-m tests.controls.seqkd_greedy {LATE}", ["kl-more", "seqkd-more"], 5),
+        "reverse-kl-late": (f"-m tests.controls.reverse_kl {LATE}", ["kl-more"], 5),
+        "dpkd-late": (f"dpkd.py {LATE}", ["kl-more", "seqkd-more"], 5),
+        # not less than the seconds of llmr
+        "kl-more-2x": ("kd_forward.py --student tiny-kl --responses teacher --steps 1200 --lr 1e-3", [], 5),
+        "seqkd-more-3x": ("kd_forward.py --student tiny-kl --responses teacher --alpha 0 --steps 1800 --lr 1e-3", [], 5),
+        "greedy-more-3x": ("-m tests.controls.seqkd_greedy --student tiny-kl --steps 1800 --lr 1e-3", [], 5),
+        **cooler("kl-more", 5), **cooler("reverse-kl-late", 5),
+        "llmr-200": ("llmr.py --steps 200", ["llmr"], 5),
+        "llmr-value": ("llmr.py --baseline value", ["llmr"], 5),
         "llmr-lse": ("llmr.py --value lse", ["llmr"], 3),
         "llmr-mean": ("llmr.py --value mean", ["llmr"], 3),
-        "llmr-value": ("llmr.py --baseline value", ["llmr"], 3),
-        "llmr-others": ("llmr.py --baseline mean", ["llmr"], 3),
         "llmr-release": ("-m tests.controls.llmr_release", ["llmr-mean"], 3),
-        "llmr-fine": ("llmr.py --eval-every 20", [], 3),  # llmr again, looked at more often, for a figure
     },
-    "llmr-mid": {  # from the students of kd-teacher, where there is something to gain
-        "llmr-mid": (f"llmr.py {MID}", ["kl-mid", "seqkd-mid"], 3),
-        "llmr-mid-lr1e-3": (f"llmr.py {MID} --lr 1e-3", ["kl-mid", "seqkd-mid"], 3),
-        "kl-mid": (f"kd_forward.py {MID} --responses teacher --steps 300", [], 3),
-        "seqkd-mid": (f"kd_forward.py {MID} --responses teacher --alpha 0 --steps 300", ["kl-mid"], 3),
-        **cooler("kl-mid", 3), **cooler("seqkd-mid", 3),
+    "dpkd": {  # how old the negatives may be, and the released form of the loss
+        "frozen-b01": ("dpkd.py --negatives frozen --beta 0.1", ["seqkd", "online-b01"], 5),
+        "online-b01": ("dpkd.py --beta 0.1", ["dpkd"], 5),
+        "token": ("-m tests.controls.dpkd_token", ["seqkd", "dpkd"], 3),
     },
-    "dpkd": {
-        "dpkd": ("dpkd.py --anchor 0.5", ["sft", "seqkd", "kd-teacher", "reverse-kl"], 5),
-        "dpkd-alone": ("dpkd.py", ["seqkd", "reverse-kl", "dpkd"], 5),
-        "reverse-kl": ("-m tests.controls.reverse_kl", ["seqkd"], 5),
-        "frozen-b01": ("dpkd.py --negatives frozen --beta 0.1", ["seqkd"], 5),
-        "online-b01": ("dpkd.py --beta 0.1", ["frozen-b01"], 5),
-        "frozen-b01-anchor": ("dpkd.py --negatives frozen --beta 0.1 --anchor 0.5", ["frozen-b01"], 5),
-        "anchor-alone": ("dpkd.py --preference 0 --anchor 0.5", ["dpkd"], 3),
-        "epoch-b01": ("dpkd.py --negatives epoch --beta 0.1", ["frozen-b01"], 3),
-        "length-norm": ("dpkd.py --length-norm --beta 2 --anchor 0.5", ["dpkd"], 3),
-        "token": ("-m tests.controls.dpkd_token", ["seqkd"], 5),
-        "token-alone": ("-m tests.controls.dpkd_token --anchor 0", ["token"], 3),
-    },
-    "few": {  # 64 prompts: the teacher's texts are few, the student's own are not
-        "few-dpkd": (f"dpkd.py {FEW}", ["few-seqkd", "few-smooth", "few-kl", "few-reverse-kl"], 5),
-        "few-dpkd-anchor": (f"dpkd.py {FEW} --anchor 0.5", ["few-seqkd", "few-smooth", "few-kl"], 5),
-        "few-seqkd": (f"kd_forward.py {FEW} --responses teacher --alpha 0", [], 5),
-        "few-smooth": (f"-m tests.controls.seqkd_smooth {FEW}", ["few-seqkd"], 5),
-        "few-kl": (f"kd_forward.py {FEW} --responses teacher", ["few-seqkd"], 5),
-        "few-reverse-kl": (f"-m tests.controls.reverse_kl {FEW}", ["few-kl"], 5),
-    },
-    "starts": {  # what is missing for every method from either start: supervised (tiny) and KL-distilled (tiny-kl)
-        "llmr-sft": ("llmr.py --student tiny", ["sft", "seqkd"], 5),
-        "reverse-kl-late": (f"-m tests.controls.reverse_kl {LATE}", ["kl-more"], 5),
-        "dpkd-late": (f"dpkd.py {LATE} --anchor 0.5", ["kl-more", "reverse-kl-late"], 5),
-        "sft-late": (f"kd_forward.py {LATE} --alpha 0", ["kl-more"], 5),
+    "few": {  # 250 prompts: the teacher's texts are few, the student's own are not
+        "few-dpkd": (f"dpkd.py {FEW} --steps 1000", ["few-seqkd", "few-early", "few-smooth", "few-kl"], 5),
+        "few-seqkd": (f"kd_forward.py {FEW} --responses teacher --alpha 0 --steps 1000", [], 5),
+        "few-early": (f"kd_forward.py {FEW} --responses teacher --alpha 0 --steps 250", ["few-seqkd"], 5),
+        "few-smooth": (f"-m tests.controls.seqkd_smooth {FEW} --steps 1000", ["few-seqkd"], 5),
+        "few-kl": (f"kd_forward.py {FEW} --responses teacher --steps 1000", ["few-seqkd"], 5),
     },
     "ddk": {  # seed N: teacher and student of the domains world number N, equal tokens
-        "ddk": ("ddk.py", ["natural", "uniform", "static", "no-smoothing"], 5),
+        "ddk": ("ddk.py", ["natural", "uniform", "first-look", "static", "no-smoothing"], 5),
         "natural": ("ddk.py --mix natural", [], 5),
         "uniform": ("ddk.py --mix uniform", ["natural"], 5),
         "no-smoothing": ("ddk.py --mix no-smoothing", ["uniform"], 5),
         "static": ("ddk.py --mix shares:ddk", ["uniform"], 5),  # the mean shares of row ddk
-        "alpha-8": ("ddk.py --alpha 0.8", ["ddk"], 5),
+        "first-look": ("ddk.py --mix look:ddk", ["uniform"], 5),  # its shares after the first look at the gaps
+        "alpha-8": ("ddk.py --alpha 0.8", ["ddk", "alpha-8-static"], 5),
+        "alpha-8-static": ("ddk.py --mix shares:alpha-8", [], 5),
         "alpha-1": ("ddk.py --alpha 1", ["ddk"], 5),
-        "interval-10": ("ddk.py --interval 10", ["ddk"], 5),
+        "interval-10": ("ddk.py --interval 10", ["ddk", "interval-10-static"], 5),
+        "interval-10-static": ("ddk.py --mix shares:interval-10", [], 5),
         "interval-150": ("ddk.py --interval 150", ["ddk"], 5),
         "ddk-ce": ("ddk.py --gamma 0", ["ddk", "uniform-ce"], 5),
         "uniform-ce": ("ddk.py --mix uniform --gamma 0", ["uniform"], 5),
@@ -162,30 +144,28 @@ TABLES["gold-sums"] = {  # stories with equations
 }
 ROWS = {row: what for table in TABLES.values() for row, what in table.items()}
 MATCHED = {  # table: {row: controls whose curve over T it is held against, at its own entropy and mode distance}
-    "llmr": {row: ["kl-more", "seqkd-more"]
-             for row in ("llmr", "llmr-100", "llmr-50", "llmr-25", "llmr-value", "llmr-others")},
-    "llmr-mid": {row: ["kl-mid", "seqkd-mid"] for row in ("llmr-mid", "llmr-mid-lr1e-3")},
+    "llmr": {row: ["kl-more", "reverse-kl-late"] for row in ("llmr", "llmr-200", "llmr-value", "greedy-more")},
 }
 STARTS = {  # the table of all methods: start, then method: row
     "start: supervised": {
-        "SFT": "sft", "KD": "kd", "SeqKD": "seqkd", "KD on teacher text": "kd-teacher",
-        "reverse KL on own text": "reverse-kl", "DPKD": "dpkd-alone", "DPKD with anchor": "dpkd",
-        "DPKD, stale negatives": "frozen-b01", "DPKD, released token form": "token", "LLMR": "llmr-sft"},
+        "SFT": "sft", "KD": "kd", "SeqKD": "seqkd", "SeqKD, greedy text": "seqkd-greedy",
+        "KD on teacher text": "kd-teacher", "reverse KL on own text": "reverse-kl", "DPKD": "dpkd",
+        "DPKD, stale negatives": "frozen-b01", "LLMR": "llmr-sft"},
     "start: KL-distilled": {
-        "KD on teacher text": "kl-more", "SeqKD": "seqkd-more",
-        "reverse KL on own text": "reverse-kl-late", "LLMR": "llmr"},
+        "KD on teacher text": "kl-more", "SeqKD": "seqkd-more", "SeqKD, greedy text": "greedy-more",
+        "reverse KL on own text": "reverse-kl-late", "DPKD": "dpkd-late", "LLMR": "llmr"},
 }
-ANSWERS = ["kl_pq", "kl_qp", "valid", "valid_greedy", "mode_distance", "entropy"]
+ANSWERS = ["valid_greedy", "valid_mass", "kl_pq", "kl_qp", "mode_distance", "entropy"]
 DOMAINS = ["worst_gap", "mean_gap", "mean_ce"]
 REVIEWS = ["accuracy", "accuracy_uniform", "accuracy_tail", "modes", "tail_mass", "garbage", "garbage_fed"]
 FAMILIES = {  # tables that are read together, with their columns: one correction for all differences of a family
-    "answers": (["kd", "llmr", "llmr-mid", "dpkd", "few", "starts"], ANSWERS),
+    "answers": (["kd", "llmr", "dpkd", "few"], ANSWERS),
     "domains": (["ddk", *(f"ddk-{name}" for name in SETS)], DOMAINS),
     "reviews": (["gold", "gold-sums"], REVIEWS),
 }
 FAMILY = {table: family for family, (tables, _) in FAMILIES.items() for table in tables}
-COMPARED = [*ANSWERS, "valid_mass", "rouge_l", "ce", *DOMAINS, *REVIEWS]
-CURVE = ["kl_pq", "kl_qp", "valid", "mode_distance", "entropy", "fresh_margin", "fresh_nll_t", "fresh_nll_s"]
+COMPARED = [*ANSWERS, "valid", "rouge_l", "ce", *DOMAINS, *REVIEWS]
+CURVE = ["kl_pq", "kl_qp", "valid", "valid_mass", "valid_greedy", "mode_distance", "entropy", "fresh_margin", "fresh_nll_t", "fresh_nll_s"]
 TRAIN = ["margin", "nll_t", "nll_s", "advantage", "length"]  # of training batches, where the method logs them
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t, two-sided
 
@@ -195,12 +175,12 @@ T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 
 # ---------------------------------------------------------------------------------------------------------------
 def parents(row):
     """The rows whose student or whose shares a row reads."""
-    return [a or b for a, b in re.findall(r"out/results/([\w-]+)-\{seed\}/|shares:([\w-]+)", ROWS[row][0])]
+    return [a or b for a, b in re.findall(r"out/results/([\w-]+)-\{seed\}/|(?:shares|look):([\w-]+)", ROWS[row][0])]
 
 
 def worlds(row):
     found = list(dict.fromkeys(re.findall(r"out/worlds/(\w+)-\{seed\}", ROWS[row][0])))
-    return sorted(found, key=list(WORLDS).index)  # answers before few64, which is cut from it
+    return sorted(found, key=list(WORLDS).index)  # answers before few, which is cut from it
 
 
 def script_of(row):
@@ -223,25 +203,40 @@ def programs(world):
 @cache
 def code(row):
     """A hash of a row's command, of the files behind it, and of the same of its parents."""
-    return digest(ROWS[row][0], *(f.read_bytes() for f in sources(row)), *map(code, parents(row)))
+    return digest(ROWS[row][0], *map(meaning, sources(row)), *map(code, parents(row)))
+
+
+@cache
+def meaning(file):
+    """What a file says to Python: neither comments nor docstrings change a number."""
+    if file.suffix != ".py":
+        return file.read_text()
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Pass()
+    return ast.unparse(tree)
 
 
 def digest(*parts):
-    return hashlib.sha1(b"\0".join(p.encode() if isinstance(p, str) else p for p in parts)).hexdigest()[:12]
+    return hashlib.sha1("\0".join(parts).encode()).hexdigest()[:12]
 
 
 def command(row, seed, shares=None):
-    """The words behind `python`. `shares`: what stands for shares:ROW."""
+    """The words behind `python`. `shares`: what stands for shares:ROW or look:ROW."""
     text = ROWS[row][0].replace("{seed}", str(seed))
-    text = re.sub(r"shares:[\w-]+", lambda m: shares or m[0], text)
+    text = re.sub(r"(shares|look):[\w-]+", lambda m: shares or m[0], text)
     text += "" if "--data" in text else f" --data tiny:{seed}"
     return f"{text} --seed {seed} --out out/results/{row}-{seed}"
 
 
-def shares_of(result):
-    """The mean shares of a run of ddk.py as a --mix."""
-    shares = {k.removeprefix("after.share_"): v for k, v in result.items() if k.startswith("after.share_")}
-    return ",".join(f"{name}={share:.4f}" for name, share in shares.items())
+def shares_for(row, record):
+    """As a --mix: the mean shares of a run of ddk.py (shares:ROW), or those of its first look at the gaps (look:ROW)."""
+    if "look:" in ROWS[row][0]:
+        known = next(x for x in record["curve"] if x["step"] > 0 and any(k.startswith("share_") for k in x))
+    else:
+        known = {k.removeprefix("after."): v for k, v in record["result"].items()}
+    return ",".join(f"{k.removeprefix('share_')}={v:.4f}" for k, v in known.items() if k.startswith("share_"))
 
 
 def made_by(folder):
@@ -257,16 +252,19 @@ def load():
     return {(r["row"], r["seed"]): r for r in map(json.loads, lines)}
 
 
-def save(records):
-    part = FILE.with_suffix(".tmp")
-    part.write_text("".join(json.dumps(r) + "\n" for r in records.values()))
-    os.replace(part, FILE)
+def save(found):
+    """Put a record into FILE. Several of these programs may run at once, each with seeds of its own."""
+    with open(ROOT / "out/results/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        part = FILE.with_suffix(".tmp")
+        part.write_text("".join(json.dumps(r) + "\n" for r in {**load(), (found["row"], found["seed"]): found}.values()))
+        os.replace(part, FILE)
 
 
 def make_world(name, seed):
     """out/worlds/NAME-N, unless the program that is here has made it already."""
     folder = ROOT / f"out/worlds/{name}-{seed}"
-    now = digest(WORLDS[name], *(f.read_bytes() for f in programs("domains" if name in SETS else "answers")))
+    now = digest(WORLDS[name], *map(meaning, programs("domains" if name in SETS else "answers")))
     if made_by(folder) == now:
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -286,8 +284,8 @@ def run(row, seed, records, keep=True):
     for world in worlds(row):
         make_world(world, seed)
     out = ROOT / f"out/results/{row}-{seed}"
-    shares = [shares_of(json.loads((ROOT / f"out/results/{p}-{seed}/result.json").read_text())) for p in parents(row)]
-    words = command(row, seed, *shares[:1])
+    mixed = re.search(r"(?:shares|look):([\w-]+)", ROWS[row][0])
+    words = command(row, seed, mixed and shares_for(row, records[mixed[1], seed]))
     print(f"python {words}", flush=True)
     subprocess.run([sys.executable, *words.split(), "--overwrite"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     origin = {"code": code(row), "parents": {p: code(p) for p in parents(row)}}
@@ -295,7 +293,7 @@ def run(row, seed, records, keep=True):
     found = {**record(row, seed, words, out), **origin}
     if keep:
         records[row, seed] = found
-        save(records)
+        save(found)
     return found
 
 
@@ -443,7 +441,7 @@ def matched(records, table):
     for row, controls in MATCHED.get(table, {}).items():
         for control in controls:
             cells = {(by, key): [d for s in SEEDS if (d := at_match(records, row, control, by, key, s)) is not None]
-                     for by in ("entropy", "mode_distance") for key in ("valid", "valid_mass")}
+                     for by in ("entropy", "mode_distance") for key in ("valid_mass", "valid_greedy")}
             if len(next(iter(cells.values()))) > 1:
                 out.append((row, control, len(next(iter(cells.values()))), cells))
     return out
@@ -478,9 +476,9 @@ def shown_command(records, row):
     linked = parents(row) or any(row in parents(r) for r in ROWS)
     if not linked:
         return f"python {ROWS[row][0].replace('{seed}', 'N')}"
-    if "shares:" in ROWS[row][0]:
+    if re.search("(shares|look):", ROWS[row][0]):
         seed, parent = next(((s, p) for p in parents(row) for s in SEEDS if (p, s) in records), (None, None))
-        return "" if seed is None else f"python {command(row, seed, shares_of(records[parent, seed]['result']))}"
+        return "" if seed is None else f"python {command(row, seed, shares_for(row, records[parent, seed]))}"
     return f"python {command(row, 'N')}"
 
 
@@ -534,8 +532,8 @@ def table(records, name):
 
 def summary(records):
     """All methods with one evaluation, from the two starts, on the seeds that all of these rows have."""
-    keys = ("valid", "valid_greedy", "kl_pq", "kl_qp", "mode_distance")
-    lines = ["| method | command | right (`valid`) | greedy | `kl_pq` | `kl_qp` | `mode_distance` | seconds |", "|" + "---|" * 8]
+    keys = ("valid_mass", "valid_greedy", "kl_pq", "kl_qp", "mode_distance")
+    lines = ["| method | command | right (`valid_mass`) | greedy | `kl_pq` | `kl_qp` | `mode_distance` | seconds |", "|" + "---|" * 8]
 
     def cells(which, row, seeds):
         found = [[value(records, row, s, f"{which}.{k}") for s in seeds] for k in keys]
