@@ -48,26 +48,38 @@ def test_controls_and_parents_are_rows_and_come_from_no_circle():
     for row, (_, controls, seeds) in results.ROWS.items():
         assert set(controls) <= set(results.ROWS) and set(results.parents(row)) <= set(results.ROWS)
         assert all(results.ROWS[p][2] >= seeds for p in results.parents(row)) and len(results.code(row)) == 12
-    assert results.parents("kl-mid-t3") == ["kl-mid"] and results.parents("kl-mid") == ["kd-teacher"]
-    assert results.parents("static") == ["ddk"] and results.worlds("few-dpkd") == ["answers", "few64"]
+    assert results.parents("kl-more-t3") == ["kl-more"] and results.parents("kl-more") == []
+    assert results.parents("static") == results.parents("first-look") == ["ddk"]
+    assert results.worlds("few-dpkd") == ["answers", "few"]
     assert {t for tables, _ in results.FAMILIES.values() for t in tables} == set(results.TABLES)
 
 
 def test_the_code_of_a_row_is_that_of_its_script_world_and_parents(monkeypatch):
     def code(row, changed):
-        real = results.Path.read_bytes
-        monkeypatch.setattr(results.Path, "read_bytes", lambda f: b"x" if f == ROOT / changed else real(f))
-        results.code.cache_clear()
-        found = results.code(row)
-        monkeypatch.setattr(results.Path, "read_bytes", real)
+        real = results.meaning
+        with monkeypatch.context() as m:
+            m.setattr(results, "meaning", lambda f: "x" if f == ROOT / changed else real(f))
+            results.code.cache_clear()
+            found = results.code(row)
         results.code.cache_clear()
         return found
     for row, files, others in (
-            ("llmr-mid", ["llmr.py", "common.py", "kd_forward.py", "data/answers/prepare.py"], ["ddk.py", "gold.py"]),
+            ("kl-more-t3", ["common.py", "kd_forward.py", "data/answers/prepare.py"], ["ddk.py", "gold.py"]),
             ("gold-noise", ["tests/controls/gold_noise.py", "data/reviews/grammar.json", "data/tasks.json"], ["gold.py"]),
             ("static", ["ddk.py", "data/domains/grammar.json"], ["kd_forward.py", "data/answers/prepare.py"])):
         now = code(row, "nothing")
         assert all(code(row, f) != now for f in files) and all(code(row, f) == now for f in others), row
+
+
+def test_comments_and_docstrings_are_not_code(tmp_path):
+    def meaning(text):
+        (tmp_path / "x.py").write_text(text)
+        results.meaning.cache_clear()
+        return results.meaning(tmp_path / "x.py")
+    one = meaning('"""Doc."""\nclass A:\n    """Doc."""\n    x: int = 1  # a remark\n')
+    assert one == meaning("'Another.'\nclass A:\n    'Another.'\n\n    x: int = 1\n") != meaning("class A:\n    x: int = 2\n")
+    (tmp_path / "x.json").write_text("{}")
+    assert results.meaning(tmp_path / "x.json") == "{}"
 
 
 @pytest.fixture
@@ -86,42 +98,45 @@ def pretended(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "sources", lambda row: [])
     monkeypatch.setattr(results.subprocess, "run", pretend)
     monkeypatch.setattr(results, "record", lambda row, seed, words, out: {
-        "row": row, "seed": seed, "command": words, "result": json.loads((out / "result.json").read_text())})
+        "row": row, "seed": seed, "command": words, "result": json.loads((out / "result.json").read_text()),
+        "curve": [{"step": 0, "share_a": 0.5, "share_b": 0.5}, {"step": 30, "share_a": 0.1, "share_b": 0.9}]})
     results.code.cache_clear()
     yield ran
     results.code.cache_clear()
 
 
 def test_a_row_is_never_run_on_a_student_that_other_code_has_made(pretended, monkeypatch, capsys, tmp_path):
-    """The chain kl-mid-t3 <- kl-mid <- kd-teacher: made once, and again from where the code has changed."""
+    """kl-more-t3 <- kl-more: made once, and again when the code has changed."""
     records = {}
     names = lambda: [name for name, _ in pretended]
-    results.run("kl-mid-t3", 10, records)
-    assert names() == ["kd-teacher-10", "kl-mid-10", "kl-mid-t3-10"] and len(records) == 3
-    assert "kl-mid-t3 starts from kl-mid-10, which is not there or was made by other code" in capsys.readouterr().out
-    results.run("kl-mid-t5", 10, records)
-    assert names()[3:] == ["kl-mid-t5-10"] and results.load() == records
-    (tmp_path / "script.py").write_text("other code")
-    monkeypatch.setattr(results, "sources", lambda row: [tmp_path / "script.py"] if row == "kl-mid" else [])
+    results.run("kl-more-t3", 10, records)
+    assert names() == ["kl-more-10", "kl-more-t3-10"] and len(records) == 2
+    assert "kl-more-t3 starts from kl-more-10, which is not there or was made by other code" in capsys.readouterr().out
+    results.run("kl-more-t5", 10, records)
+    assert names()[2:] == ["kl-more-t5-10"] and results.load() == records
+    (tmp_path / "script.py").write_text("other = 'code'")
+    monkeypatch.setattr(results, "sources", lambda row: [tmp_path / "script.py"] if row == "kl-more" else [])
     results.code.cache_clear()
-    assert records["kl-mid-t3", 10]["code"] != results.code("kl-mid-t3")  # its parent's code is part of its own
-    results.run("kl-mid-t3", 10, records)
-    assert names()[4:] == ["kl-mid-10", "kl-mid-t3-10"]
-    assert records["kl-mid-t3", 10]["code"] == results.code("kl-mid-t3")
-    assert records["kl-mid-t3", 10]["parents"] == {"kl-mid": results.code("kl-mid")}
+    assert records["kl-more-t3", 10]["code"] != results.code("kl-more-t3")  # its parent's code is part of its own
+    results.run("kl-more-t3", 10, records)
+    assert names()[3:] == ["kl-more-10", "kl-more-t3-10"]
+    assert records["kl-more-t3", 10]["code"] == results.code("kl-more-t3")
+    assert records["kl-more-t3", 10]["parents"] == {"kl-more": results.code("kl-more")}
 
 
 def test_a_static_mixture_is_read_from_the_run_that_it_repeats(pretended):
     results.run("static", 10, {})
     assert [name for name, _ in pretended] == ["ddk-10", "static-10"] and "--mix a=0.2500,b=0.7500 " in pretended[1][1]
+    results.run("first-look", 11, {})
+    assert [name for name, _ in pretended[2:]] == ["ddk-11", "first-look-11"] and "a=0.1000,b=0.9000 " in pretended[3][1]
 
 
 def test_printed_commands_of_rows_that_hang_together_are_whole():
     records = {("ddk", 11): {"result": {"after.share_code": 0.3, "after.share_csv": 0.7}}}
     whole = " --data tiny:N --seed N --out out/results/"
     assert results.shown_command({}, "sft") == "python kd_forward.py --alpha 0"
-    assert results.shown_command({}, "kd-teacher") == "python kd_forward.py --responses teacher" + whole + "kd-teacher-N"
-    assert results.shown_command({}, "llmr-mid").endswith("--student out/results/kd-teacher-N/student" + whole + "llmr-mid-N")
+    assert results.shown_command({}, "uniform") == "python ddk.py --mix uniform" + whole + "uniform-N"
+    assert results.shown_command({}, "ddk-late").endswith("--student out/results/uniform-N/student" + whole + "ddk-late-N")
     assert "--mix code=0.3000,csv=0.7000 --data tiny:11 --seed 11 --out" in results.shown_command(records, "static")
 
 

@@ -310,40 +310,18 @@ def record(row, seed, words, out):
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {"row": row, "seed": seed, "command": f"python {words}", "commit": commit.stdout.strip(),
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-            "threads": torch.get_num_threads(), **({} if "--steps 0" in words else by_length(out)), "curve": curve,
-            **({"train": train} if train else {}), "result": json.loads((out / "result.json").read_text())}
+            "threads": torch.get_num_threads(), "curve": curve, **({"train": train} if train else {}),
+            **({"written": written(out)} if "gold" in words else {}),
+            "result": json.loads((out / "result.json").read_text())}
 
 
-def by_length(out):
-    """`valid` and ROUGE-L (T = 1) of a run's student on test rows, apart for short, middle and long gold responses;
-    nothing where the data are running text."""
-    import torch
-
-    import common
-    import kd_forward
-    settings = json.loads((out / "settings.json").read_text())
-    if "max_response" not in settings:
-        return {}
-    if settings["script"].startswith("gold"):
-        return {"written": written(out, settings)}
-    cfg = kd_forward.Config(data=settings["data"], teacher="none", student=str(out / "student"), device="cpu")
-    student, _, tokenizer = common.load_pair(cfg, torch.device("cpu"))
-    test = sorted(common.load_data(cfg, student, None, tokenizer).test, key=lambda e: len(e.response))
-    found, n = [], len(test)
-    for part in (test[:n // 3], test[n // 3:2 * n // 3], test[2 * n // 3:]):
-        m = common.make_evaluator(cfg, None, tokenizer, part)(student)
-        found.append({"tokens": round(sum(len(e.response) for e in part) / len(part), 1),
-                      "valid": round(m["valid"], 4), "rouge_l": round(m["rouge_l"], 4)})
-    return {"by_length": found}
-
-
-def written(out, settings):
-    """What GOLD's LLM wrote, by topic, and the student's accuracy by topic. Ranks of energy inside a round, since
-    energies drift: of V_t, how many samples of common topics, of rare ones, and of garbage are the 1st, 2nd .. b-th."""
+def written(out):
+    """How many topics GOLD's LLM had written of after every 160 samples, and the student's accuracy by topic."""
     import torch
 
     import common
     import gold
+    settings = json.loads((out / "settings.json").read_text())
     task = common.load_task(settings["task"])
     known = {k: v for k, v in settings.items() if k in gold.Config.__dataclass_fields__}
     cfg = gold.Config(**{**known, "teacher": "none", "student": str(out / "student"), "device": "cpu", "dtype": "float32"})
@@ -355,19 +333,13 @@ def written(out, settings):
     right = [common.score(task, t, e.row) for t, e in zip(texts, test)]
     topics = {t["topic"]: t["tail"] for t in common.load_topics(cfg, task["world"])}  # from common to rare
     samples = [json.loads(x) for x in (out / "samples.jsonl").read_text().splitlines()]
-    ranks = [[0] * settings.get("round_size", 0) for _ in range(3)]  # common, rare, garbage
-    for r in {s["round"] for s in samples if "energy" in s}:
-        strange = sorted((s for s in samples if s["round"] == r and "energy" in s), key=lambda s: s["energy"])
-        for i, s in enumerate(strange):
-            ranks[int(topics[s["topic"]]) if s["topic"] else 2][i] += 1
     seen, coverage = [], []  # topics with 10 samples or more, after every 160 samples
     for i, s in enumerate(samples, 1):
         seen.append(s["topic"])
         if i % 160 == 0 or i == len(samples):
             coverage.append([i, sum(seen.count(t) >= 10 for t in topics)])
     by_topic = [[s for s, e in zip(right, test) if e.row["topic"] == t] for t in topics]
-    return {"topics": [seen.count(t) for t in topics], "garbage": seen.count(None), "ranks": ranks, "coverage": coverage,
-            "by_topic": [round(sum(x) / len(x), 4) for x in by_topic]}
+    return {"coverage": coverage, "by_topic": [round(sum(x) / len(x), 4) for x in by_topic]}
 
 
 # ---------------------------------------------------------------------------------------------------------------
