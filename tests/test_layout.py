@@ -55,7 +55,7 @@ def test_no_import_goes_up(file):
 def test_python_files_stand_where_the_house_has_them():
     assert {str(f) for f in FILES if len(f.parts) == 1} == {"common.py", *(f"{m}.py" for m in METHODS)}
     assert {f.parts[0] for f in FILES if len(f.parts) > 1} == {"data", "tests"}  # assets/ holds no code
-    assert [str(f) for f in FILES if f.parts[0] == "data"] == PROGRAMS and len(PROGRAMS) == 3
+    assert [str(f) for f in FILES if f.parts[0] == "data"] == PROGRAMS and len(PROGRAMS) == 4
 
 
 def test_the_tests_folder_holds_tests_and_its_tools_have_folders():
