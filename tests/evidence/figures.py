@@ -123,7 +123,7 @@ def overview(records, starts, title):
             axis.plot(seconds[-1:], mean[-1:, 0], "o", color=color, markersize=5)
             axis.plot(seconds[-1:], mean[-1:, 1], "o", color=color, markersize=6, fillstyle="none")
             ends.append(((seconds[-1], mean[-1, 0]), label, color))
-        axis.set(title=start, xlabel="seconds of training on one CPU core", ylim=(0, 1.03))
+        axis.set(title=start, xlabel="seconds of training on one CPU core", ylim=(0.48, 1.02), xlim=(-2, None))
         end_labels(axis, ends)
     axes[0].set_ylabel("probability of a right answer")
     axes[0].text(0.02, 0.02, "open dots: right when greedy", transform=axes[0].transAxes, color="0.3")
@@ -211,10 +211,10 @@ def main(source=ROOT / "assets/results.jsonl", folder=ROOT / "assets"):
     except ImportError:
         sys.exit("error: the figures need matplotlib: pip install matplotlib")
     records = [json.loads(line) for line in Path(source).read_text().splitlines()]
-    kd = {"sft": "SFT", "kd": "KD", "seqkd": "SeqKD", "kd-teacher": "KD, teacher text", "seqkd-greedy": "SeqKD, greedy"}
+    kd = {"sft": "SFT", "kd": "KD", "seqkd": "SeqKD", "kd-teacher": "KD, teacher text"}
     starts = {
         "from the student trained on labels, 500 steps": {
-            **kd, "reverse-kl": "reverse KL", "dpkd": "DPKD", "llmr-sft": "LLMR"},
+            **kd, "seqkd-greedy": "SeqKD, greedy", "reverse-kl": "reverse KL", "dpkd": "DPKD", "llmr-sft": "LLMR (600)"},
         "from its KL-distilled successor, 600 steps": {
             "kl-more": "KD, teacher text", "seqkd-more": "SeqKD", "greedy-more": "SeqKD, greedy",
             "reverse-kl-late": "reverse KL", "dpkd-late": "DPKD", "llmr": "LLMR"}}
