@@ -48,8 +48,9 @@ def draw(grammar, family, rng):
     text = re.sub(r"<[^>]*>\??", lambda _: parts.pop() if parts else "", text)
     facts = {}
     for slot in re.findall(r"\{(\w+)\}", text):
-        words = grammar["lists"][slot]
-        facts[slot] = rng.sample(words, rng.randint(3, 5)) if slot == "items" else rng.choice(words)
+        words = grammar["lists"][slot.rstrip("12")]
+        free = [word for word in words if word not in facts.values()]  # {time1} is another time than {time2}
+        facts[slot] = rng.sample(words, rng.randint(3, 5)) if slot == "items" else rng.choice(free)
     shown = {slot: " ".join(word) if slot == "items" else word for slot, word in facts.items()}
     return " ".join(text.format(**shown).split()), facts
 
@@ -66,11 +67,10 @@ def answers(grammar, family, facts):
     return out
 
 
-def split_of(family, facts):
-    """train, valid or test, by a hash of the facts, not of the prompt: the same facts in another order would be the
-    same question with the same answers, and must not be in two splits. The same in every world."""
-    key = f"{family} {sorted((slot, sorted(x) if slot == 'items' else x) for slot, x in facts.items())}"
-    return {0: "test", 1: "valid"}.get(zlib.crc32(key.encode()) % 10, "train")
+def split_of(texts):
+    """train, valid or test, by a hash of all right answers, not of the prompt: the same facts in another order would be
+    the same question with the same answers, and must not be in two splits. The same in every world."""
+    return {0: "test", 1: "valid"}.get(zlib.crc32("|".join(texts).encode()) % 10, "train")
 
 
 def make_rows(grammar, name, n, split, labelled):
@@ -79,8 +79,8 @@ def make_rows(grammar, name, n, split, labelled):
     while len(out) < n:
         family = families[len(out) % len(families)]
         prompt, facts = draw(grammar, family, rng)
-        if split_of(family, facts) == split and prompt not in out:
-            probs, texts = zip(*answers(grammar, family, facts))
+        probs, texts = zip(*answers(grammar, family, facts))
+        if split_of(texts) == split and prompt not in out:
             response = rng.choices(texts, probs)[0] if len(out) < labelled else None
             out[prompt] = {"prompt": prompt, "response": response, "references": texts, "probs": probs}
     return list(out.values())
