@@ -246,7 +246,12 @@ def main(source=ROOT / "assets/results.jsonl", folder=ROOT / "assets"):
             skipped.append(f"{name} ({', '.join(missing)})")
             continue
         seeds = " or ".join(sorted({str(have.count(row)) for row in rows})) + " seeds"
-        draw(title.format(seeds)).savefig(Path(folder) / name)
+        try:
+            figure = draw(title.format(seeds))
+        except KeyError as e:
+            skipped.append(f"{name} (older records have no {e})")
+            continue
+        figure.savefig(Path(folder) / name)
         print(Path(folder) / name)
     if skipped:
         print(f"skipped for lack of records: {', '.join(skipped)}")
