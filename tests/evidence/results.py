@@ -66,7 +66,7 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "sft-2x": ("kd_forward.py --alpha 0 --steps 1000", [], 5),  # the seconds of kd
         "seqkd-2x": ("kd_forward.py --responses teacher --alpha 0 --steps 1000", [], 5),  # those of kd-teacher
     },
-    "llmr": {  # from the KL-distilled start, which further KD does not move
+    "llmr": {  # from the KL-distilled start
         "llmr": ("llmr.py", ["kl-more", "kl-more-2x", "seqkd-more-3x", "greedy-more", "greedy-more-3x", "reverse-kl-late"], 5),
         "kl-more": (f"kd_forward.py {LATE} --responses teacher", [], 5),
         "seqkd-more": (f"kd_forward.py {LATE} --responses teacher --alpha 0", ["kl-more"], 5),
@@ -102,7 +102,7 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "uniform": ("ddk.py --mix uniform", ["natural"], 5),
         "no-smoothing": ("ddk.py --mix no-smoothing", ["uniform"], 5),
         "static": ("ddk.py --mix shares:ddk", ["uniform"], 5),  # the mean shares of row ddk
-        "first-look": ("ddk.py --mix look:ddk", ["uniform"], 5),  # its shares after the first look at the gaps
+        "first-look": ("ddk.py --mix look:ddk", ["uniform"], 5),  # the first shares that it draws by, kept
         "alpha-8": ("ddk.py --alpha 0.8", ["ddk", "alpha-8-static"], 5),
         "alpha-8-static": ("ddk.py --mix shares:alpha-8", [], 5),
         "alpha-1": ("ddk.py --alpha 1", ["ddk"], 5),
@@ -231,7 +231,7 @@ def command(row, seed, shares=None):
 
 
 def shares_for(row, record):
-    """As a --mix: the mean shares of a run of ddk.py (shares:ROW), or those of its first look at the gaps (look:ROW)."""
+    """As a --mix: the mean shares of a run of ddk.py (shares:ROW), or the first that it drew by (look:ROW)."""
     if "look:" in ROWS[row][0]:
         known = next(x for x in record["curve"] if x["step"] > 0 and any(k.startswith("share_") for k in x))
     else:
