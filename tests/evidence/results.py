@@ -36,6 +36,7 @@ SEEDS = range(20, 25)  # rows with 3 seeds use the first three; 10 to 14 were lo
 FEW = ("--data out/worlds/few-{seed} --teacher out/worlds/answers-{seed}/teacher "
        "--student out/worlds/answers-{seed}/student")
 LATE = "--student tiny-kl --steps 600 --lr 1e-3"
+WIDE = "--temperature 1 --top-k 0 --top-p 1"
 SETS = ("mild", "alike", "same")
 WORLDS = {  # out/worlds/NAME-N: how it is made
     **{name: f"python data/domains/prepare.py out/worlds/{name}-{{seed}} --set {name} --number {{seed}}" for name in SETS},
@@ -123,12 +124,16 @@ for name in SETS:  # other sets of domains: small gaps, more alike ones, equal o
         **{f"{name}-{mix}": (f"ddk.py {on} --mix {mix}", [], 5) for mix in ("natural", "uniform", "no-smoothing")},
     }
 TABLES["gold"] = {  # reviews, each seed with its own LLM
-    "gold": ("gold.py", ["gold-plain", "gold-ood", "gold-random", "gold-top", "gold-t1", "gold-padded"], 5),
+    "gold": ("gold.py", ["gold-plain", "gold-ood", "gold-random", "gold-top", "t1-plain", "gold-padded"], 5),
     "gold-random": ("gold.py --select random", ["gold-ood"], 5),
     "gold-top": ("gold.py --select top", ["gold-random"], 5),
     "gold-ood": ("gold.py --select none", ["gold-plain"], 5),
     "gold-plain": ("gold.py --no-ood", [], 5),
-    "gold-t1": ("gold.py --no-ood --temperature 1 --top-k 0 --top-p 1", ["gold-plain"], 5),
+    # the LLM's whole distribution, neither cooled nor truncated
+    "t1": (f"gold.py {WIDE}", ["t1-plain", "t1-ood", "t1-random"], 5),
+    "t1-random": (f"gold.py --select random {WIDE}", ["t1-ood"], 5),
+    "t1-ood": (f"gold.py --select none {WIDE}", ["t1-plain"], 5),
+    "t1-plain": (f"gold.py --no-ood {WIDE}", ["gold-plain"], 5),
     "gold-padded": ("-m tests.controls.gold_padded", ["gold-random"], 5),
     "gold-real": ("-m tests.controls.gold_real", ["gold"], 5),
     "gold-ce": ("gold.py --alpha 1 --beta 0", ["gold"], 5),
