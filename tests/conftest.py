@@ -156,7 +156,7 @@ def settings_of(config_class):
 
 def small_run(config_class, pair, data, out, /, **settings):
     """Settings of any script for a run of a second."""
-    small = dict(teacher=str(pair[0]), student=str(pair[1]), data=str(data), max_prompt=24, max_response=24, steps=4,
+    small = dict(teacher=str(pair[0]), student=str(pair[1]), data=str(data), max_prompt=24, max_response=12, steps=4,
                  batch_size=8, lr=1e-3, warmup=2, eval_every=2, eval_rows=4, log_every=1, save_every=2, holdout=0.1,
                  max_tokens=16, interval=2, gap_rows=4, device="cpu", compile=False, out=str(out))
     return config_class(**{**{k: v for k, v in small.items() if k in settings_of(config_class)}, **settings})

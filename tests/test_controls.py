@@ -644,7 +644,7 @@ def test_padded_energies_average_over_the_padding(gold_config, monkeypatch, pad_
     ("seqkd_greedy", dict(teacher="none"), "name a --teacher"), ("seqkd_smooth", dict(teacher="none"), "name a --teacher"),
     ("seqkd_smooth", dict(smoothing=1.5), "--smoothing 1.5"), ("llmr_release", dict(teacher="none"), "name a --teacher"),
     ("llmr_release", dict(value="min"), "choose one of max, mean, lse"), ("llmr_release", dict(cut="away"), "--cut away"),
-    ("llmr_release", dict(max_prompt=40), "context of 64 tokens less 1"),
+    ("llmr_release", dict(max_prompt=52), "context of 64 tokens less 1"),
     ("llmr_release", dict(max_response=2), "100 % of the 8 samples reach --max-response 2")])
 def test_bad_input_is_told_in_a_sentence(control_config, monkeypatch, name, settings, sentence):
     if sentence.startswith("100 %"):  # a student that never ends

@@ -191,7 +191,7 @@ def records(cfg, key):
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_whole_run(dpkd_config, kind):
-    cfg = dpkd_config(kind, anchor=0.5, steps=16, lr=3e-3)
+    cfg = dpkd_config(kind, anchor=0.5, steps=16, lr=3e-3, max_response=24)
     result = dpkd.train(cfg)
     jeffreys = lambda when: result[f"{when}.kl_pq"] + result[f"{when}.kl_qp"]  # what the loss and the margin are about
     assert jeffreys("after") < jeffreys("before") and result["method"] == "dpkd"

@@ -396,7 +396,7 @@ def test_a_run_killed_while_samples_are_written_asks_for_no_text_twice(gold_conf
 # Bad input
 # ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("settings, match", [
-    (dict(teacher="none"), "name a --teacher"), (dict(task="rta"), "no such entry; there are reviews, sums, rte"),
+    (dict(teacher="none"), "name a --teacher"), (dict(task="rta"), "no such entry; there are reviews, opinions, sums, rte"),
     (dict(data=""), "names no data set"), (dict(select="bottom"), "choose one of band, top, random, none"),
     (dict(top_p=0.0), "--top-p 0.0"), (dict(budget=0), "--budget 0"), (dict(llm_prompt=10), "leave room for 10")])
 def test_bad_settings_are_told_in_a_sentence(gold_config, settings, match):

@@ -391,10 +391,10 @@ def test_prompts_without_a_response_are_trained_on(llmr_config, tmp_path):
 
 
 def test_learning_raises_the_advantage(llmr_config):
-    cfg = llmr_config("llama", steps=50, batch_size=32, lr=3e-2, eval_every=1000, save_every=1000, max_response=4, baseline="value")
+    cfg = llmr_config("llama", steps=100, batch_size=32, lr=3e-2, eval_every=1000, save_every=1000, max_response=4, baseline="value")
     llmr.train(cfg)
     advantage = [json.loads(x)["advantage"] for x in open(f"{cfg.out}/log.jsonl") if "loss" in x]
-    assert sum(advantage[-10:]) > 0.85 * sum(advantage[:10])  # both negative: nearer to 0
+    assert sum(advantage[-10:]) > 0.5 * sum(advantage[:10])  # both negative: nearer to 0; .22 to .23 on seeds 0 to 3
 
 
 @pytest.mark.parametrize("sync", [1, 4])
@@ -406,7 +406,7 @@ def test_resume_ends_bitwise_like_an_uninterrupted_run(llmr_config, resumes_bitw
 
 @pytest.mark.parametrize("settings, match", [
     (dict(teacher="none"), "name a --teacher"), (dict(value="min"), "choose one of max, mean, lse"), (dict(sync=0), "--sync 0"),
-    (dict(teacher_template="no place"), "exactly once"), (dict(max_prompt=41), "context of 64 tokens")])
+    (dict(teacher_template="no place"), "exactly once"), (dict(max_prompt=53), "context of 64 tokens")])
 def test_bad_input_is_told_in_a_sentence(llmr_config, settings, match):
     with pytest.raises(common.BadInput, match=match):
         llmr.train(llmr_config(**settings))

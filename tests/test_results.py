@@ -132,12 +132,12 @@ def test_a_static_mixture_is_read_from_the_run_that_it_repeats(pretended):
 
 
 def test_printed_commands_of_rows_that_hang_together_are_whole():
-    records = {("ddk", 11): {"result": {"after.share_code": 0.3, "after.share_csv": 0.7}}}
+    records = {("ddk", 21): {"result": {"after.share_code": 0.3, "after.share_csv": 0.7}}}
     whole = " --data tiny:N --seed N --out out/results/"
     assert results.shown_command({}, "sft") == "python kd_forward.py --alpha 0"
     assert results.shown_command({}, "uniform") == "python ddk.py --mix uniform" + whole + "uniform-N"
     assert results.shown_command({}, "ddk-late").endswith("--student out/results/uniform-N/student" + whole + "ddk-late-N")
-    assert "--mix code=0.3000,csv=0.7000 --data tiny:11 --seed 11 --out" in results.shown_command(records, "static")
+    assert "--mix code=0.3000,csv=0.7000 --data tiny:21 --seed 21 --out" in results.shown_command(records, "static")
 
 
 def test_a_page_is_made_anew_between_its_marks():
