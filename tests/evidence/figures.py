@@ -21,7 +21,7 @@ PALETTE = {  # row, or what its name begins with; the longest that fits counts
     "teacher": "0.6", "sft": ORANGE, "kd": SKY, "kd-teacher": BLUE, "kl": BLUE, "seqkd": GREEN, "reverse-kl": PINK,
     "greedy": WINE, "seqkd-greedy": WINE, "dpkd": RED, "llmr": BLACK,
     "natural": ORANGE, "uniform": GREEN, "static": BLUE, "no-smoothing": PINK, "ddk": RED,
-    "gold": RED, "gold-plain": BLUE, "gold-ood": GREEN, "gold-random": PINK, "gold-top": ORANGE, "gold-t1": SKY,
+    "gold": RED, "gold-plain": BLUE, "gold-ood": GREEN, "gold-random": PINK, "gold-top": ORANGE, "t1-plain": SKY, "t1": BLACK,
 }
 DOMAINS = {"code": BLUE, "prose": GREEN, "log": ORANGE, "json": PINK, "csv": SKY, "noise": RED}
 TICKS = [.1, .2, .3, .4, .5, .7, 1, 3, 10, 30, 100, 300, 1000, 3000]  # of logarithmic axes
@@ -224,7 +224,7 @@ def main(source=ROOT / "assets/results.jsonl", folder=ROOT / "assets"):
     margin = {"training pairs": ("train", "margin", RED), "fresh pairs": ("curve", "fresh_margin", BLUE)}
     gaps = {"uniform": "uniform", "no-smoothing": "without smoothing: r = softmax(rho)", "ddk": "DDK"}
     arms = {"gold-plain": "plain prompt", "gold-ood": "OOD prompt", "gold": "GOLD (band)", "gold-random": "random",
-            "gold-top": "top", "gold-t1": "plain at T = 1"}
+            "gold-top": "top", "t1-plain": "plain at T = 1", "t1": "GOLD at T = 1"}
     figures = {
         "overview.png": ([row for rows in starts.values() for row in rows],
                          lambda title: overview(records, starts, title),
