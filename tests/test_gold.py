@@ -111,7 +111,7 @@ def test_text_that_does_not_fit_is_no_sample(text):
 
 
 def test_every_entry_renders_parses_and_reads_its_columns():
-    assert len(set(TASKS) - {"reviews", "sums", "opinions"}) == 10
+    assert len(set(TASKS) - {"reviews", "sums"}) == 10
     for name in TASKS:
         task = common.load_task(name)
         sample = {f: f"some text for {f}" for f in task["fields"]} | {"label": next(iter(task["labels"]), "1 + 1")}
@@ -396,7 +396,7 @@ def test_a_run_killed_while_samples_are_written_asks_for_no_text_twice(gold_conf
 # Bad input
 # ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("settings, match", [
-    (dict(teacher="none"), "name a --teacher"), (dict(task="rta"), "no such entry; there are reviews, opinions, sums, rte"),
+    (dict(teacher="none"), "name a --teacher"), (dict(task="rta"), "no such entry; there are reviews, sums, rte"),
     (dict(data=""), "names no data set"), (dict(select="bottom"), "choose one of band, top, random, none"),
     (dict(top_p=0.0), "--top-p 0.0"), (dict(budget=0), "--budget 0"), (dict(llm_prompt=10), "leave room for 10")])
 def test_bad_settings_are_told_in_a_sentence(gold_config, settings, match):

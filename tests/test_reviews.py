@@ -12,7 +12,7 @@ import common
 import gold
 
 world = prepare("reviews")
-KINDS = ["reviews", "sums", "opinions"]
+KINDS = ["reviews", "sums"]
 GRAMMAR = {kind: world.Grammar(world.HERE / "grammar.json", kind) for kind in KINDS}
 PATTERNS = {kind: world.patterns(GRAMMAR[kind]) for kind in KINDS}
 

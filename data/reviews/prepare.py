@@ -1,13 +1,12 @@
 """The reviews world of gold.py: short texts about topics with a long tail, and a small LLM that can write them.
 
     python data/reviews/prepare.py DIR                              data, teacher (the LLM) and student of world 0
-    python data/reviews/prepare.py DIR --number 1 --kind sums       another world, of another kind
+    python data/reviews/prepare.py DIR --number 1 --kind sums       another world, of the second kind
 
-Three kinds of task come from one grammar.json. Reviews: a text and its label, negative or positive. Sums: a story with
+Two kinds of task come from one grammar.json. Reviews: a text and its label, negative or positive. Sums: a story with
 two numbers, and its equation. Topics have the weights rank^-1.6. Two groups of words decide the label, and for most
 topics of the tail they mean the opposite of what they mean for the head: a student that has never seen the tail is
-wrong there, and sure of itself. Opinions: reviews in which every topic has words of its own ("a laggy phone"), so that
-the student has to guess what it has never seen. DIR then holds
+wrong there, and sure of itself. DIR then holds
 
     data/train.jsonl, valid.jsonl, test.jsonl    rows {text, label}; test rows also know their topic, its weight, and
                                                  whether it is in the tail, and there are as many of every topic
@@ -40,11 +39,8 @@ class Grammar:
 
     def __init__(self, file, kind):
         g = json.loads(file.read_text())
-        self.topics, self.names, self.kind = list(g["topics"].values()), list(g["topics"]), g["kinds"][kind]
-        self.page, self.junk, self.noun_weights = {**g["page"], **self.kind["page"]}, g["junk"], g["noun_weights"]
-        groups = self.kind["groups"]  # for each topic two groups of words, often the same for all
-        self.groups = list(groups.values()) if isinstance(groups, dict) else [groups] * len(self.topics)
-        self.sign = [0] * len(self.topics) if isinstance(groups, dict) else g["sign"]
+        self.topics, self.names, self.sign = list(g["topics"].values()), list(g["topics"]), g["sign"]
+        self.kind, self.page, self.junk, self.noun_weights = g["kinds"][kind], g["page"], g["junk"], g["noun_weights"]
         self.rows, self.models, self.is_sums = g["rows"], g["models"], kind == "sums"
         ranks = range(1, len(self.topics) + 1)
         weights = [rank ** -1.6 for rank in ranks]
@@ -52,7 +48,6 @@ class Grammar:
         self.fallback = [rank ** -self.page["head"] for rank in ranks]  # what the LLM falls back to: steeper still
         self.tail = range(len(self.topics) // 2, len(self.topics))      # 6.7 % of the weight
         self.nouns = [noun for topic in self.topics for noun in topic]
-        self.words = list(dict.fromkeys(word for two in self.groups for group in two for word in group))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -70,11 +65,11 @@ def draw_sample(g, rng, topic, flip=0.0):
     """(text, label) of a topic, the label wrong with probability flip; topic GARBAGE: junk with any label."""
     group = rng.randrange(2)
     if topic is GARBAGE:
-        every = [*g.nouns, *g.words]
+        every = [*g.nouns, *g.kind["groups"][0], *g.kind["groups"][1]]
         words = [rng.choice(g.junk if rng.random() < 0.6 else every) for _ in range(rng.randint(5, 8))]
         numbers = fill(g, rng, g.kind["labels"][group], [], [])[0]
         return " ".join(["sorry", *words]), numbers
-    text, numbers = fill(g, rng, rng.choice(g.kind["templates"]), g.topics[topic], g.groups[topic][group])
+    text, numbers = fill(g, rng, rng.choice(g.kind["templates"]), g.topics[topic], g.kind["groups"][group])
     wrong = rng.random() < flip
     return text, g.kind["labels"][group ^ g.sign[topic] ^ wrong].format(**numbers)
 
@@ -84,7 +79,7 @@ def patterns(g):
     any_of = lambda words, name="?:": f"({name}{'|'.join(words)})"
     out = []
     for topic, nouns in enumerate(g.topics):
-        for group, words in enumerate(g.groups[topic]):
+        for group, words in enumerate(g.kind["groups"]):
             slots = {"{n}": any_of(nouns), "{a}": any_of(words), "{v}": any_of(words)}
             for name, (low, high) in g.kind["numbers"].items():
                 slots["{" + name + "}"] = any_of([str(i) for i in range(low, high + 1)], f"?P<{name}>")
@@ -152,7 +147,7 @@ def vocabulary(g):
     """{word: id}: the special tokens, then every word of the grammar."""
     numbers = [str(i) for low, high in g.kind["numbers"].values() for i in range(low, high + 1)] if g.is_sums else []
     shapes = " ".join([g.kind["line"], g.kind["question"], *g.kind["labels"], *g.kind["templates"], "plain different"])
-    words = [w for w in shapes.split() if w[0] != "{"] + [*g.nouns, *g.junk, *g.words, *numbers]
+    words = [w for w in shapes.split() if w[0] != "{"] + [*g.nouns, *g.junk, *sum(g.kind["groups"], []), *numbers]
     return {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "<eos>", "<unk>", *words]))}
 
 
@@ -201,7 +196,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", type=Path, help="the directory to make")
     parser.add_argument("--number", type=int, default=0, help="which world: seeds rows, pages and the LLM")
-    parser.add_argument("--kind", choices=["reviews", "sums", "opinions"], default="reviews")
+    parser.add_argument("--kind", choices=["reviews", "sums"], default="reviews")
     parser.add_argument("--grammar", type=Path, default=HERE / "grammar.json")
     args = parser.parse_args()
     top, g, number = args.dir.resolve(), Grammar(args.grammar, args.kind), args.number

@@ -63,7 +63,7 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "reverse-kl": ("-m tests.controls.reverse_kl", ["kd-teacher"], 5),
         "dpkd": ("dpkd.py", ["sft", "seqkd", "kd-teacher", "reverse-kl"], 5),
         "dpkd-anchor": ("dpkd.py --anchor 0.5", ["dpkd", "seqkd"], 5),  # as in the released code
-        "llmr-sft": ("llmr.py --student tiny", ["seqkd", "seqkd-greedy"], 5),
+        "llmr-sft": ("llmr.py --student tiny", ["seqkd", "seqkd-2x", "seqkd-greedy", "kd-teacher", "reverse-kl"], 5),
         "sft-2x": ("kd_forward.py --alpha 0 --steps 1000", [], 5),  # the seconds of kd
         "seqkd-2x": ("kd_forward.py --responses teacher --alpha 0 --steps 1000", [], 5),  # those of kd-teacher
     },
