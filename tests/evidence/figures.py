@@ -130,22 +130,22 @@ def overview(records, starts, title):
     return figure
 
 
-def frontier(records, cooled, dots, title):
-    """Wrong answers, sampled and greedy, over entropy: `cooled` {row: label} from T = 1 down to .2 (lines), others as dots."""
-    figure, axes = panels(2, title, 3.8, between=1.6, left=0.8, right=1.4, sharey=True)
-    for axis, key, what in zip(axes, ("after.valid_mass", "after.valid_greedy"), ("sampled", "greedy")):
-        for row, label in {**cooled, **dots}.items():
-            color, runs = color_of(row), []
-            for seed in sorted({r["seed"] for r in records if r["row"] == row}):
-                found = {r["row"]: r["result"] for r in records if r["seed"] == seed}
-                names = [row] if row in dots else [row, *(f"{row}-t{t}" for t in (7, 5, 3, 2))]
-                if all(k in found for k in names):
-                    runs.append([(found[k]["after.entropy"], found[k][key]) for k in names])
-            mean = np.mean(runs, 0)
-            axis.plot(*np.array(runs)[:, 0].T, ".", color=color, markersize=4, alpha=0.4)
-            axis.plot(*mean.T, "-o", color=color, markersize=6 if row in dots else 4, linewidth=2)
-            axis.annotate(label, mean[0], (8, -4), textcoords="offset points", color=color)
-        axis.set(title=f"right answers, {what}", xlabel="entropy, nats a response")
+def by_world(records, starts, title):
+    """A panel for each start, {its title: {row: label}}: the share of right greedy answers on each world."""
+    figure, axes = panels(len(starts), title, 3.8, between=1.6, right=1.6, sharey=True)
+    ends = {axis: [] for axis in axes}
+    for axis, (start, rows) in zip(axes, starts.items()):
+        of = lambda row, key: sorted((r["seed"], r["result"][key]) for r in records if r["row"] == row)
+        lines = [(of(next(iter(rows)), "before.valid_greedy"), "the start", "0.6")]
+        lines += [(of(row, "after.valid_greedy"), label, color_of(row)) for row, label in rows.items()]
+        for line, label, color in lines:
+            axis.plot(range(len(line)), [y for _, y in line], "-o", color=color, linewidth=1.2, markersize=6)
+            ends[axis].append(((len(line) - 1, line[-1][1]), label, color))
+        axis.set(title=start, xlabel="world", ylim=(0.55, 1.02))
+        axis.set_xticks(range(len(lines[0][0])), [str(seed) for seed, _ in lines[0][0]])
+    axes[0].set_ylabel("right when greedy")
+    for axis in axes:
+        end_labels(axis, ends[axis])
     return figure
 
 
@@ -218,8 +218,12 @@ def main(source=ROOT / "assets/results.jsonl", folder=ROOT / "assets"):
         "from its KL-distilled successor, 600 steps": {
             "kl-more": "KD, teacher text", "seqkd-more": "SeqKD", "greedy-more": "SeqKD, greedy",
             "reverse-kl-late": "reverse KL", "dpkd-late": "DPKD", "llmr": "LLMR"}}
-    cooled = {"kl-more": "KD, T = 1 to .2", "reverse-kl-late": "reverse KL"}
-    dots = {"llmr": "LLMR", "llmr-200": "200 updates", "llmr-value": "with V as baseline", "greedy-more": "SeqKD, greedy"}
+    worlds = {
+        "from the student trained on labels": {
+            "kd-teacher": "KD, teacher text", "seqkd-2x": "SeqKD, 2x steps", "seqkd-greedy": "SeqKD, greedy",
+            "reverse-kl": "reverse KL", "llmr-sft": "LLMR"},
+        "from its KL-distilled successor": {
+            "kl-more-2x": "KD, 2x steps", "greedy-more-3x": "SeqKD, greedy, 3x", "reverse-kl-late": "reverse KL", "llmr": "LLMR"}}
     margins = {"frozen-b01": "y_s drawn once (frozen)", "online-b01": "every step (online)"}
     margin = {"training pairs": ("train", "margin", RED), "fresh pairs": ("curve", "fresh_margin", BLUE)}
     gaps = {"uniform": "uniform", "no-smoothing": "without smoothing: r = softmax(rho)", "ddk": "DDK"}
@@ -231,8 +235,9 @@ def main(source=ROOT / "assets/results.jsonl", folder=ROOT / "assets"):
                          "Too small for its teacher, a student does best with the answers that it can give ({})"),
         "kd_forward.png": (kd, lambda title: curves(records, kd, title),
                            "Same student, same 500 steps, {} (thin): what the teacher gives decides"),
-        "llmr_frontier.png": ([*cooled, *dots], lambda title: frontier(records, cooled, dots, title),
-                              "More than sharpening: cooling KD does not make its likeliest answers right ({})"),
+        "llmr_worlds.png": ([row for rows in worlds.values() for row in rows],
+                            lambda title: by_world(records, worlds, title),
+                            "Greedy answers, world by world: LLMR gains where the student falls short, and only there ({})"),
         "dpkd_margin.png": (margins, lambda title: pairs(records, margins, margin, 1.1, title),
                             "Margin / beta, nats, {} (thin): stale pairs flatter the student, fresh ones do not"),
         "ddk_gap.png": (gaps, lambda title: by_domain(records, gaps, title),

@@ -106,22 +106,22 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "first-look": ("ddk.py --mix look:ddk", ["uniform"], 5),  # the first shares that it draws by, kept
         "alpha-8": ("ddk.py --alpha 0.8", ["ddk", "alpha-8-static"], 5),
         "alpha-8-static": ("ddk.py --mix shares:alpha-8", [], 5),
-        "alpha-1": ("ddk.py --alpha 1", ["ddk"], 5),
+        "alpha-1": ("ddk.py --alpha 1", ["ddk"], 3),
         "interval-10": ("ddk.py --interval 10", ["ddk", "interval-10-static"], 5),
         "interval-10-static": ("ddk.py --mix shares:interval-10", [], 5),
-        "interval-150": ("ddk.py --interval 150", ["ddk"], 5),
-        "ddk-ce": ("ddk.py --gamma 0", ["ddk", "uniform-ce"], 5),
-        "uniform-ce": ("ddk.py --mix uniform --gamma 0", ["uniform"], 5),
+        "interval-150": ("ddk.py --interval 150", ["ddk"], 3),
+        "ddk-ce": ("ddk.py --gamma 0", ["ddk", "uniform-ce"], 3),
+        "uniform-ce": ("ddk.py --mix uniform --gamma 0", ["uniform"], 3),
         # from students whose gaps are small and alike already
-        "ddk-late": ("ddk.py --student out/results/uniform-{seed}/student", ["uniform-late"], 5),
-        "uniform-late": ("ddk.py --student out/results/uniform-{seed}/student --mix uniform", [], 5),
+        "ddk-late": ("ddk.py --student out/results/uniform-{seed}/student", ["uniform-late"], 3),
+        "uniform-late": ("ddk.py --student out/results/uniform-{seed}/student --mix uniform", [], 3),
     },
 }
 for name in SETS:  # other sets of domains: small gaps, more alike ones, equal ones
     on = " ".join(f"--{role} out/worlds/{name}-{{seed}}/{role}" for role in ("data", "teacher", "student"))
     TABLES[f"ddk-{name}"] = {
-        name: (f"ddk.py {on}", [f"{name}-natural", f"{name}-uniform", f"{name}-no-smoothing"], 5),
-        **{f"{name}-{mix}": (f"ddk.py {on} --mix {mix}", [], 5) for mix in ("natural", "uniform", "no-smoothing")},
+        name: (f"ddk.py {on}", [f"{name}-natural", f"{name}-uniform", f"{name}-no-smoothing"], 3),
+        **{f"{name}-{mix}": (f"ddk.py {on} --mix {mix}", [], 3) for mix in ("natural", "uniform", "no-smoothing")},
     }
 TABLES["gold"] = {  # reviews, each seed with its own LLM
     "gold": ("gold.py", ["gold-plain", "gold-ood", "gold-random", "gold-top", "t1-plain", "gold-padded"], 5),
@@ -134,11 +134,11 @@ TABLES["gold"] = {  # reviews, each seed with its own LLM
     "t1-random": (f"gold.py --select random {WIDE}", ["t1-ood"], 5),
     "t1-ood": (f"gold.py --select none {WIDE}", ["t1-plain"], 5),
     "t1-plain": (f"gold.py --no-ood {WIDE}", ["gold-plain"], 5),
-    "gold-padded": ("-m tests.controls.gold_padded", ["gold-random"], 5),
-    "gold-real": ("-m tests.controls.gold_real", ["gold"], 5),
-    "gold-ce": ("gold.py --alpha 1 --beta 0", ["gold"], 5),
-    "gold-noise": ("-m tests.controls.gold_noise", ["gold-noise-ce"], 5),
-    "gold-noise-ce": ("-m tests.controls.gold_noise --alpha 1 --beta 0", [], 5),
+    "gold-padded": ("-m tests.controls.gold_padded", ["gold-random"], 3),
+    "gold-real": ("-m tests.controls.gold_real", ["gold"], 3),
+    "gold-ce": ("gold.py --alpha 1 --beta 0", ["gold"], 3),
+    "gold-noise": ("-m tests.controls.gold_noise", ["gold-noise-ce"], 3),
+    "gold-noise-ce": ("-m tests.controls.gold_noise --alpha 1 --beta 0", [], 3),
 }
 TABLES["gold-sums"] = {  # stories with equations
     "sums": ("gold.py --task sums", ["sums-plain", "sums-ood", "sums-random", "sums-top"], 5),
