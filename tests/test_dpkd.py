@@ -231,6 +231,50 @@ def test_identical_pairs_are_counted_and_move_nothing(dpkd_config, monkeypatch):
     assert all(r["loss"] == pytest.approx(math.log(2)) for r in records(cfg, "loss"))
 
 
+def test_an_identical_pair_among_others_has_no_gradient_at_all(dpkd_config, monkeypatch):
+    """Not a small one, of rounding, which AdamW would make as large as any: the batches differ, so do last digits."""
+    real, sampled, answers, left = dpkd.preference_loss, common.answer_examples, {}, []
+
+    def echo(model, examples, tokenizer, cfg, temperature=1.0, seed=0, role="student"):
+        """Every third of the student's responses is the teacher's; the others are its own, and shorter."""
+        drawn = sampled(model, examples, tokenizer, cfg, temperature, seed, role)
+        if role == "teacher":
+            answers.update({tuple(e.prompt): e for e in drawn})
+            return drawn
+        own = [dataclasses.replace(e, response=e.response[:3]) for e in drawn]
+        return [answers.get(tuple(e.prompt), e) if sum(e.prompt) % 3 == 0 else e for e in own]
+
+    def watched(logq_t, logp_t, logq_s, logp_s, *others):
+        same = (logq_t == logq_s) & (logp_t == logp_s)
+        students = [p for p in models["student"].parameters()]
+        grads = torch.autograd.grad((logq_t - logq_s)[same].sum(), students, retain_graph=True, allow_unused=True)
+        left.append((int(same.sum()), max(float(g.abs().max()) for g in grads if g is not None)))
+        return real(logq_t, logp_t, logq_s, logp_s, *others)
+
+    models, start = {}, common.Run.start
+    monkeypatch.setattr(common.Run, "start", lambda self, **parts: models.update(parts) or start(self, **parts))
+    monkeypatch.setattr(common, "answer_examples", echo)
+    monkeypatch.setattr(dpkd, "preference_loss", lambda *a: watched(*a) if a[0].requires_grad else real(*a))
+    dpkd.train(dpkd_config(steps=2))
+    assert len(left) == 2 and all(n > 0 and largest == 0.0 for n, largest in left)
+
+
+def test_the_corpus_counts_by_its_own_tokens(dpkd_config, tmp_path, monkeypatch):
+    """--lm-coef 1 alone: the loss is the mean over the text's tokens, of which there are more than of the answers."""
+    answered = common.teacher_answers
+    monkeypatch.setattr(common, "teacher_answers", lambda *a: [dataclasses.replace(e, response=e.response[:2]) for e in answered(*a)])
+    text = tmp_path / "corpus.txt"
+    text.write_text("\n\n".join(f"the cat sat under the tree {i} and then it ran on" for i in range(40)))
+    cfg = dpkd_config(steps=1, preference=0.0, anchor=0.0, lm_coef=1.0, corpus=str(text))
+    student, _, tokenizer = common.load_pair(cfg, CPU)
+    part = common.load_corpus(cfg.corpus, tokenizer, cfg)
+    chosen = [part[i] for i in common.step_indices(len(part), 0, cfg)]
+    nll = lambda q, _, y: (-common.log_softmax_at(q, y),)
+    wanted = common.per_response(nll, student, None, chosen, cfg).sum() / sum(len(e.response) for e in chosen)
+    dpkd.train(cfg)
+    assert records(cfg, "loss")[0]["loss"] == pytest.approx(wanted.item(), rel=1e-4)
+
+
 def test_every_negative_is_the_students_own_and_scored_by_the_teacher(dpkd_config, monkeypatch):
     """What the loss is given equals a second computation, with a teacher that reads another template."""
     seen, real = [], dpkd.preference_loss

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, WORDS, make_corpus, small_run
+from conftest import ROOT, WORDS, any_run, make_corpus, small_run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import common
@@ -646,3 +646,43 @@ def test_the_shares_decide_what_the_next_step_reads(ddk_config, monkeypatch):
     assert any(s in train["big"] for s in read_by(found.steps[0]))  # interval 0: in natural proportion
     assert len(read_by(found.steps[1])) == 12 and all(s in train["small"] for s in read_by(found.steps[1]))
     assert len({tuple(s) for step in found.steps for s in read_by(step)}) == 24  # the cursors go on between intervals
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is reported
+# ---------------------------------------------------------------------------------------------------------------
+def logged(out, key):
+    return [line[key] for line in map(json.loads, open(f"{out}/log.jsonl")) if key in line]
+
+
+@pytest.mark.parametrize("script", [kd_forward, llmr, dpkd])
+def test_the_curve_is_of_validation_rows_and_the_table_of_test_rows(config, still, monkeypatch, script):
+    """On whichever rows choices are made, the final numbers must be of others."""
+    split = lambda examples: {"va": 1.0, "te": 2.0}[examples[0].row["prompt"][:2]]
+    monkeypatch.setattr(common, "make_evaluator", lambda cfg, teacher, tokenizer, examples: lambda model: {"kl_pq": split(examples)})
+    cfg = config(script, still("gpt2"), steps=2, eval_every=1)
+    result = script.train(cfg)
+    assert [m["kl_pq"] for m in logged(cfg.out, "valid")] == [1.0, 1.0, 1.0]
+    assert {result[f"{who}.kl_pq"] for who in ("teacher", "before", "after")} == {2.0}
+
+
+@pytest.mark.parametrize("script, keys", [(kd_forward, ("loss", "ce", "kl")), (llmr, ("loss", "nll")), (dpkd, ("loss", "margin", "nll_t", "nll_s"))])
+def test_the_log_is_of_the_whole_step_however_it_is_split(config, still, tmp_path, script, keys):
+    logs = []
+    for accum in (1, 3):
+        cfg = config(script, still("gpt2"), accum=accum, steps=1, out=str(tmp_path / str(accum)))
+        script.train(cfg)
+        logs.append([logged(cfg.out, k)[0] for k in keys])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+
+def test_so_is_that_of_gold_and_ddk(any_root, ddk_config, tmp_path):
+    of_gold = lambda accum: any_run("gold", any_root, tmp_path / f"gold-{accum}", accum=accum, steps=1)
+    of_ddk = lambda accum: ddk_config("llama", accum=accum, steps=1, gamma=0.5, out=str(tmp_path / f"ddk-{accum}"))
+    for script, config in ((gold, of_gold), (ddk, of_ddk)):
+        logs = []
+        for accum in (1, 2):
+            cfg = config(accum)
+            script.train(cfg)
+            logs.append([logged(cfg.out, k)[-1] for k in ("loss", "ce")])
+        assert logs[0] == pytest.approx(logs[1], rel=1e-4)
