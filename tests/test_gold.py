@@ -439,6 +439,28 @@ def test_an_llm_that_writes_nothing_usable_stops_the_run_with_three_of_its_texts
     assert len(calls) == 20
 
 
+def test_an_llm_that_is_slow_but_writes_is_waited_for():
+    """One usable text a call: 24 samples take 24 calls, and only 20 useless calls one after the other end a run."""
+    class Llm:
+        asked = kept = 0
+        file = "written.jsonl"
+
+        def __call__(self, prompts, *a, **k):
+            return ["the actor was rather slow here"] + ["no"] * (len(prompts) - 1)
+    cfg, task = gold.Config(), common.load_task("reviews")
+    found = gold.write_samples(Llm(), task, [], [{"label": "negative"}] * 24, "plain", 0, set(), cfg)
+    assert len(found) == 24
+
+
+def test_the_student_gets_as_many_samples_as_the_budget_says(gold_config, monkeypatch):
+    """A round that goes beyond it is cut: budgets are what methods are compared at."""
+    given, real = [], gold.train_student
+    monkeypatch.setattr(gold, "train_student", lambda student, optimizer, examples, *a: (given.append(len(examples)), real(student, optimizer, examples, *a)))
+    cfg = gold_config(steps=0, budget=21)
+    gold.train(cfg)
+    assert given == [21] and len(open(f"{cfg.out}/samples.jsonl").readlines()) > 21
+
+
 def test_unusable_texts_are_asked_for_again_and_counted(gold_config, monkeypatch):
     real = common.parse_sample
     monkeypatch.setattr(common, "parse_sample", lambda text, *a: None if len(text) % 2 else real(text, *a))
