@@ -8,6 +8,7 @@ A batch is the whole train split (6 rows), so that the order of the rows plays n
 """
 import copy
 import functools
+import importlib
 import json
 import math
 import random
@@ -686,3 +687,11 @@ def test_so_is_that_of_gold_and_ddk(any_root, ddk_config, tmp_path):
             script.train(cfg)
             logs.append([logged(cfg.out, k)[-1] for k in ("loss", "ce")])
         assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("script", ["kd_forward", "llmr", "dpkd", "gold", "ddk"])
+def test_the_curve_ends_at_the_last_step(any_root, tmp_path, script):
+    cfg = any_run(script, any_root, tmp_path / "run", steps=3, eval_every=2, interval=2)
+    importlib.import_module(script).train(cfg)
+    steps = [line["step"] for line in map(json.loads, open(f"{cfg.out}/log.jsonl")) if "valid" in line]
+    assert steps == [0, 2, 3]
