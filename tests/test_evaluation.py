@@ -90,6 +90,31 @@ def test_eval_temperature_is_that_of_the_measured_distribution_not_of_the_teache
         assert hot(teacher)["kl_pq"] > 0.01
 
 
+def test_the_teachers_texts_are_drawn_apart_from_those_of_the_measured_model(config, monkeypatch):
+    """Else a model that is like its teacher would say the same by the same noise, and the teacher's own line too."""
+    seeds, sample = [], common.sample
+    monkeypatch.setattr(common, "sample", lambda model, prompts, n, temperature=1.0, **k: (
+        seeds.append((model is teacher, temperature, k["seed"])), sample(model, prompts, n, temperature, **k))[1])
+    cfg = config("llama", max_response=4)
+    student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
+    test = common.load_data(cfg, student, teacher, tokenizer).test
+    evaluate = common.make_evaluator(cfg, teacher, tokenizer, test)
+    (of_teacher,) = [seed for is_teacher, _, seed in seeds if is_teacher]
+    evaluate(student), evaluate(teacher)
+    assert of_teacher not in [seed for _, temperature, seed in seeds[1:] if temperature == 1]
+
+
+def test_length_and_no_end_are_those_of_samples_not_of_greedy_answers(config, monkeypatch):
+    cfg = config("llama", max_response=4)
+    student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
+    test, eos = common.load_data(cfg, student, teacher, tokenizer).test, tokenizer.eos_token_id
+    said = lambda temperature: [5, 6, 7, 8] if temperature else [5, eos]
+    monkeypatch.setattr(common, "answer_examples", lambda model, examples, tokenizer, cfg, temperature=1.0, *a, **k: [
+        dataclasses.replace(e, response=said(temperature)) for e in examples])
+    m = common.make_evaluator(cfg, teacher, tokenizer, test)(student)
+    assert m["no_end"] == 1.0 and m["length"] == 4.0
+
+
 def test_ce_is_a_mean_over_tokens(config):
     cfg = config("llama", teacher="none", alpha=0.0)
     student, _, tokenizer = common.load_pair(cfg, torch.device("cpu"))
