@@ -37,7 +37,7 @@ FEW = ("--data out/worlds/few-{seed} --teacher out/worlds/answers-{seed}/teacher
        "--student out/worlds/answers-{seed}/student")
 LATE = "--student tiny-kl --steps 600 --lr 1e-3"
 WIDE = "--temperature 1 --top-k 0 --top-p 1"
-SETS = ("mild", "alike", "same")
+SETS = ("same",)
 WORLDS = {  # out/worlds/NAME-N: how it is made
     **{name: f"python data/domains/prepare.py out/worlds/{name}-{{seed}} --set {name} --number {{seed}}" for name in SETS},
     "answers": "python data/answers/prepare.py out/worlds/answers-{seed} --number {seed}",
@@ -98,17 +98,17 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "few-kl": (f"kd_forward.py {FEW} --responses teacher --steps 1000", ["few-seqkd"], 5),
     },
     "ddk": {  # seed N: teacher and student of the domains world number N, equal tokens
-        "ddk": ("ddk.py", ["natural", "uniform", "first-look", "static", "no-smoothing"], 5),
-        "natural": ("ddk.py --mix natural", [], 5),
-        "uniform": ("ddk.py --mix uniform", ["natural"], 5),
-        "no-smoothing": ("ddk.py --mix no-smoothing", ["uniform"], 5),
-        "static": ("ddk.py --mix shares:ddk", ["uniform"], 5),  # the mean shares of row ddk
-        "first-look": ("ddk.py --mix look:ddk", ["uniform"], 5),  # the first shares that it draws by, kept
-        "alpha-8": ("ddk.py --alpha 0.8", ["ddk", "alpha-8-static"], 5),
-        "alpha-8-static": ("ddk.py --mix shares:alpha-8", [], 5),
+        "ddk": ("ddk.py", ["natural", "uniform", "first-look", "static", "no-smoothing"], 3),
+        "natural": ("ddk.py --mix natural", [], 3),
+        "uniform": ("ddk.py --mix uniform", ["natural"], 3),
+        "no-smoothing": ("ddk.py --mix no-smoothing", ["uniform"], 3),
+        "static": ("ddk.py --mix shares:ddk", ["uniform"], 3),  # the mean shares of row ddk
+        "first-look": ("ddk.py --mix look:ddk", ["uniform"], 3),  # the first shares that it draws by, kept
+        "alpha-8": ("ddk.py --alpha 0.8", ["ddk", "alpha-8-static"], 3),
+        "alpha-8-static": ("ddk.py --mix shares:alpha-8", [], 3),
         "alpha-1": ("ddk.py --alpha 1", ["ddk"], 3),
-        "interval-10": ("ddk.py --interval 10", ["ddk", "interval-10-static"], 5),
-        "interval-10-static": ("ddk.py --mix shares:interval-10", [], 5),
+        "interval-10": ("ddk.py --interval 10", ["ddk", "interval-10-static"], 3),
+        "interval-10-static": ("ddk.py --mix shares:interval-10", [], 3),
         "interval-150": ("ddk.py --interval 150", ["ddk"], 3),
         "ddk-ce": ("ddk.py --gamma 0", ["ddk", "uniform-ce"], 3),
         "uniform-ce": ("ddk.py --mix uniform --gamma 0", ["uniform"], 3),
@@ -117,7 +117,7 @@ TABLES = {  # table: {row: (command, controls that paired differences are taken 
         "uniform-late": ("ddk.py --student out/results/uniform-{seed}/student --mix uniform", [], 3),
     },
 }
-for name in SETS:  # other sets of domains: small gaps, more alike ones, equal ones
+for name in SETS:  # another set of domains, with equal gaps
     on = " ".join(f"--{role} out/worlds/{name}-{{seed}}/{role}" for role in ("data", "teacher", "student"))
     TABLES[f"ddk-{name}"] = {
         name: (f"ddk.py {on}", [f"{name}-natural", f"{name}-uniform", f"{name}-no-smoothing"], 3),
