@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,16 @@ def test_bad_settings(config, settings, match):
     cfg = config(**settings)
     refused(match, kd_forward.train, cfg)
     assert not Path(cfg.out).exists()
+
+
+def test_a_teacher_that_reads_less_than_the_student_is_told_by_name(pair):
+    """Its answers would be scored beyond the positions that it was trained on."""
+    reads = lambda tokens: SimpleNamespace(config=SimpleNamespace(max_position_embeddings=tokens, is_encoder_decoder=False))
+    tokenizer = common.load_tokenizer(pair("llama")[1], "student")
+    encoder = lambda student, teacher: common.row_encoder(kd_forward.Config(max_prompt=30, max_response=30), reads(student), reads(teacher), tokenizer)
+    encoder(64, 60)
+    refused("the teacher's context of 59 tokens: lower them", encoder, 64, 59)
+    refused("the student's context of 59 tokens: lower them", encoder, 59, 64)
 
 
 GOOD = b'{"prompt": "the cat", "response": "cat the"}\n'

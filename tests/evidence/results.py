@@ -157,8 +157,8 @@ STARTS = {  # the table of all methods: start, then method: row
         "KD on teacher text": "kd-teacher", "reverse KL on own text": "reverse-kl", "DPKD": "dpkd",
         "DPKD, stale negatives": "frozen-b01", "LLMR": "llmr-sft"},
     "start: KL-distilled": {
-        "KD on teacher text": "kl-more", "SeqKD": "seqkd-more", "SeqKD, greedy text": "greedy-more",
-        "reverse KL on own text": "reverse-kl-late", "DPKD": "dpkd-late", "LLMR": "llmr"},
+        "KD on teacher text": "kl-more", "SeqKD, greedy text": "greedy-more",
+        "reverse KL on own text": "reverse-kl-late", "LLMR": "llmr"},
 }
 ANSWERS = ["valid_greedy", "valid_mass", "kl_pq", "kl_qp", "mode_distance", "entropy"]
 DOMAINS = ["worst_gap", "mean_gap", "mean_ce"]
