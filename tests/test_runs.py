@@ -1,5 +1,6 @@
 """Settings, runs and what is made of them: the command line, the learning rate, tiny worlds, runs side by side."""
 import builtins
+import dataclasses
 import importlib
 import json
 import math
@@ -107,6 +108,17 @@ def test_every_step_has_dropout_but_those_of_llmr_and_dpkd(name, any_root, tmp_p
 # ---------------------------------------------------------------------------------------------------------------
 # What a run says at its end, and runs side by side
 # ---------------------------------------------------------------------------------------------------------------
+def test_the_seconds_go_on_over_a_second_resumption(config):
+    """A checkpoint keeps all seconds so far, those before its own resumption too."""
+    cfg = config()
+    for resumed in (False, True, True):
+        run = common.Run(dataclasses.replace(cfg, resume=resumed), kd_forward.__file__)
+        run.start()
+        run.t0 -= 100  # as if 100 seconds had gone
+        run.save(1)
+    assert 300 <= run.elapsed() < 310
+
+
 def test_the_headline_that_moved_most_is_named():
     before, after = {"kl_pq": 4.0, "rouge_l": 0.2, "length": 1.0}, {"kl_pq": 1.0, "rouge_l": 0.1, "length": 900.0}
     assert common.moved_most(before, after) == "moved most: kl_pq, 4.000 -> 1.000"  # by 3/4 of it; length is no headline
