@@ -84,6 +84,15 @@ def test_bad_settings(config, settings, match):
     assert not Path(cfg.out).exists()
 
 
+def test_the_curve_is_measured_on_200_rows_at_most_and_the_table_on_all_that_were_asked_for(config, tmp_path):
+    for split, n in (("train", 10), ("valid", 210), ("test", 210)):
+        rows = [json.dumps({"prompt": f"the cat {split} {i}", "response": "cat the"}) for i in range(n)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    cfg = config("llama", data=str(tmp_path), eval_rows=205)
+    data = common.load_data(cfg, *common.load_pair(cfg, torch.device("cpu")))
+    assert (len(data.train), len(data.valid), len(data.test)) == (10, 200, 205)
+
+
 def test_a_teacher_that_reads_less_than_the_student_is_told_by_name(pair):
     """Its answers would be scored beyond the positions that it was trained on."""
     reads = lambda tokens: SimpleNamespace(config=SimpleNamespace(max_position_embeddings=tokens, is_encoder_decoder=False))
