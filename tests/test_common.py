@@ -297,6 +297,16 @@ def test_answers_from_a_cut_vocabulary_never_meet_a_whole_one(pair, config, caps
     assert answered() == cut and "the teacher answers" not in capsys.readouterr().out
 
 
+def test_answers_to_other_prompts_are_never_taken_from_the_cache(pair, config):
+    teacher, tokenizer = load(pair, "llama", 0)
+    cfg = config("llama", max_response=8)
+    for seed in (0, 1):  # as many prompts, other ones
+        part = [Example(e.prompt, e.prompt, []) for e in examples(20, seed=seed)]
+        got = common.teacher_answers(teacher, part, tokenizer, cfg)
+        wanted = common.answer_examples(teacher, part, tokenizer, cfg, seed=cfg.seed, role="teacher")
+        assert [e.response for e in got] == [e.response for e in wanted]
+
+
 # ---- what makes sampling faster changes no number -------------------------------------------------------------------
 def test_noise_is_that_of_exponential():
     like = torch.empty(7, 501)
