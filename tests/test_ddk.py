@@ -177,6 +177,14 @@ def test_draws_follow_the_shares():
     assert close(sampler.total / (n // 20), shares, 1e-9)
 
 
+def test_seeds_differ_in_the_domains_and_in_the_sequences_that_are_drawn():
+    one, other, again = ([s.draw(step, 6, vector(.5, .5)) for step in range(4)]
+                         for s in (ddk.DomainSampler([50, 50], seed) for seed in (1, 2, 1)))
+    domains = lambda draws: [i for draw in draws for i, _ in draw]
+    sequences = lambda draws: [j for draw in draws for i, j in draw if i == 0][:5]
+    assert one == again and domains(one) != domains(other) and sequences(one) != sequences(other)
+
+
 def test_a_restored_sampler_draws_what_the_first_would_have_drawn():
     one, shares = ddk.DomainSampler([5, 7], 3), vector(.3, .7)
     one.log_shares = shares.log()
@@ -272,6 +280,15 @@ def test_a_document_that_comes_again_is_packed_once(tmp_path, cfg):
     assert one[1] == two[1] and all(np.array_equal(one[0][s], two[0][s]) for s in common.SPLITS)
 
 
+def test_documents_that_begin_alike_are_different_documents(tmp_path, cfg):
+    """As source files do, with a licence at their head."""
+    file, tokenizer, head = tmp_path / "a.jsonl", small_tokenizer(), "the cat sat on the mat " * 100
+    file.write_text("".join(json.dumps({"text": f"{head}{i} {i}"}) + "\n" for i in range(40)))
+    parts, _ = common.pack("d", str(file), tokenizer, cfg())
+    whole = tokenizer.decode([t for split in parts.values() for t in split.flatten().tolist()])
+    assert sum(f" {i} {i}<" in whole for i in range(40)) > 36  # of each split the last few tokens are cut off
+
+
 def test_a_text_without_a_blank_line_is_split_by_position(tmp_path, cfg, capsys):
     """One long log is one document: its end is held out, and no token of it is in two splits."""
     tokenizer, n = small_tokenizer(), 16
@@ -295,6 +312,16 @@ def test_what_was_packed_is_found_again_and_a_changed_file_is_not(tmp_path, cfg,
     assert load().sha1 == first and "packing" not in capsys.readouterr().out
     write_docs(tmp_path / "a.jsonl", 120, 2)
     assert load().sha1 != first and "packing domain a" in capsys.readouterr().out
+
+
+def test_another_holdout_never_meets_the_old_splits(tmp_path, cfg):
+    """The cache is shared by all runs: a document that was trained on would be tested on, or the other way round."""
+    texts, tokenizer = write_docs(tmp_path / "a.jsonl", 300, 0), small_tokenizer()
+    for holdout in (0.1, 0.3, 0.1):
+        parts, _ = common.pack("d", f"{tmp_path}/a.jsonl", tokenizer, cfg(holdout=holdout))
+        for split, got in parts.items():
+            wanted = [t for d in texts if common.split_of(d, holdout) == split for t in tokenizer(d).input_ids + [tokenizer.eos_token_id]]
+            assert got.flatten().tolist() == wanted[:got.size] and len(wanted) - got.size < 16
 
 
 def test_sources_of_every_kind(tmp_path, cfg):

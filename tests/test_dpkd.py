@@ -217,6 +217,12 @@ def test_resume_ends_bitwise_like_an_uninterrupted_run(dpkd_config, negatives, m
     assert whole["y_s"] == cut["y_s"]
 
 
+def test_a_resumed_run_goes_on_in_the_middle_of_its_corpus(dpkd_config, tmp_path, resumes_bitwise):
+    text = tmp_path / "corpus.txt"
+    text.write_text("\n\n".join(f"the cat sat under the tree {i} and then it ran on" for i in range(40)))
+    resumes_bitwise(dpkd.train, dpkd_config(preference=0.0, lm_coef=1.0, corpus=str(text), steps=5, eval_every=9))
+
+
 def test_identical_pairs_are_counted_and_move_nothing(dpkd_config, monkeypatch):
     """A student that says just what the teacher said: log 2 at every step and not the smallest step taken."""
     cfg, sampled, answers = dpkd_config(anchor=0.0, weight_decay=0.0), common.answer_examples, {}
@@ -296,6 +302,25 @@ def test_every_negative_is_the_students_own_and_scored_by_the_teacher(dpkd_confi
                         (logq_s, score(student, y_s, "student")), (logp_s, score(teacher, y_s, "teacher"))):
         assert torch.allclose(got.double(), wanted, rtol=1e-4, atol=1e-4)
     assert n_t.tolist() == [len(e.response) for e in y_t] and n_s.tolist() == [len(e.response) for e in y_s]
+
+
+def test_what_is_logged_of_negatives_is_of_the_students_texts(dpkd_config, monkeypatch):
+    """nll_t and nll_s are nats a response, y_s is 5 tokens long and y_t 2; no_end is the share of y_s without EOS, a third."""
+    cfg = dpkd_config("llama", steps=1, batch_size=66, accum=2)
+    student, teacher, tokenizer = common.load_pair(cfg, CPU)
+    train, eos = common.load_data(cfg, student, teacher, tokenizer).train, tokenizer.eos_token_id
+    at = {tuple(e.prompt): i for i, e in enumerate(train)}
+
+    def answers(model, examples, *args, role="student", **kwargs):
+        texts = ([4, eos], [4, eos]) if role == "teacher" else ([5, 3, 8, 6, 9], [5, 3, 8, 6, eos])
+        return [dataclasses.replace(e, response=texts[at.get(tuple(e.prompt), 0) % 3 > 0]) for e in examples]
+    monkeypatch.setattr(common, "answer_examples", answers)
+    dpkd.train(cfg)
+    logged = records(cfg, "loss")[0]
+    assert len(train) == 66 and logged["no_end"] == pytest.approx(1 / 3)
+    for key, role in (("nll_t", "teacher"), ("nll_s", "student")):
+        wanted = -dpkd.fixed_logprobs(student, answers(None, train, role=role), cfg, "student").mean().item()
+        assert logged[key] == pytest.approx(wanted, rel=1e-4), key
 
 
 def test_accumulation_gives_one_result(dpkd_config, tmp_path):

@@ -126,6 +126,44 @@ def test_ce_is_a_mean_over_tokens(config):
     assert common.make_evaluator(cfg, None, tokenizer, data.test)(student)["ce"] == pytest.approx(total / n, rel=1e-4)
 
 
+def test_the_teacher_is_measured_on_its_own_template(config):
+    """Its row is what a student is compared with: on another prompt it would look worse than it is."""
+    cfg = config("llama", teacher_template="Sort: {prompt} =")
+    student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
+    test, total, n = common.load_data(cfg, student, teacher, tokenizer).test, 0.0, 0
+    for e in test:
+        logp = teacher(torch.tensor([e.teacher_prompt + e.response])).logits[0, len(e.teacher_prompt) - 1:-1].log_softmax(-1)
+        total, n = total - logp[range(len(e.response)), e.response].sum().item(), n + len(e.response)
+    assert common.make_evaluator(cfg, teacher, tokenizer, test)(teacher)["ce"] == pytest.approx(total / n, rel=1e-4)
+
+
+def test_which_numbers_are_of_samples_and_which_of_greedy_answers(config, monkeypatch):
+    """Greedily the student says the second reference, at random one word three times, with its EOS in the last place."""
+    student, _, tokenizer = common.load_pair(config(teacher="none"), torch.device("cpu"))
+    ids = lambda text: tokenizer(text).input_ids + [tokenizer.eos_token_id]
+    cfg = config(teacher="none", max_response=len(ids("sad sad sad")))
+    examples = [common.Example(ids("x"), ids("x"), [], {"prompt": "x", "response": "a cat", "references": ["a cat", "a dog"]})] * 2
+    said = {0.0: "a dog", 1.0: "sad sad sad"}
+    monkeypatch.setattr(common, "answer_examples", lambda model, examples, tokenizer, cfg, temperature=1.0, *_:
+                        [dataclasses.replace(e, response=ids(said[temperature])) for e in examples])
+    m = common.make_evaluator(cfg, None, tokenizer, examples)(student)
+    assert m["exact_match_greedy"] == 1 and m["exact_match"] == 0
+    assert m["rouge_l_greedy"] == pytest.approx(1) and m["rouge_l"] == 0
+    assert m["distinct_1"] == 1 / 6 and m["length"] == len(ids("sad sad sad")) and m["no_end"] == 0
+
+
+def test_mode_distance_is_the_total_variation_of_the_shares_of_wordings(config, monkeypatch):
+    """0 where the student chooses among the wordings as the teacher does, however sure it is of them, 1 where it never does."""
+    rows = [{"prompt": f"{kind} {i}", "response": None, "references": ["a cat", "a dog"], "probs": [.5, .5]} for kind in "xy" for i in range(2)]
+    student, _, tokenizer = common.load_pair(config(teacher="none"), torch.device("cpu"))
+    truth = common.KnownAnswers([common.Example([5], [5], [], row) for row in rows], tokenizer, config())
+    teacher = truth.shares(torch.tensor([[.2, .2], [.4, .4], [.9, 0], [.3, 0]]))
+    for mass, wanted in (([[.1, .1], [.2, .2], [.1, 0], [.1, 0]], 0), ([[.2, .2], [.4, .4], [0, .9], [0, .3]], 0.5),
+                         ([[.3, .1], [.3, .1], [.9, 0], [.3, 0]], 0.125)):
+        monkeypatch.setattr(truth, "mass", lambda *_: torch.tensor(mass))
+        assert truth.metrics(student, "student", 1.0, teacher)["mode_distance"] == pytest.approx(wanted, abs=1e-6)
+
+
 def test_dropout_plays_no_part_in_what_is_measured(config):
     cfg = config("gpt2")
     student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))

@@ -277,6 +277,23 @@ def test_labels_are_drawn_for_each_sample_apart(gold_config, monkeypatch):
     assert set(drawn) == set(words) and all(abs(drawn.count(w) - 256 / len(words)) < 50 for w in words)
 
 
+def test_seeds_differ_in_the_labels_that_are_asked_for_and_in_the_real_samples(gold_config, monkeypatch):
+    """Else a spread over seeds would leave out what the LLM was asked; and one seed asks the same again."""
+    asked = []
+
+    def write(llm, task, shots, given, *others):
+        asked[-1].append((shots, given))
+        return [{**g, "text": "a cat"} for g in given]
+    monkeypatch.setattr(gold, "write_samples", write)
+    monkeypatch.setattr(gold, "evaluate", lambda *a: {"accuracy": 0.0})
+    monkeypatch.setattr(gold, "llm_answers", lambda llm, task, shots, rows: [""] * len(rows))
+    for i, seed in enumerate((1, 2, 1)):
+        asked.append([])
+        gold.train(gold_config(steps=0, ood=False, seed=seed, out=gold_config().out + str(i)))
+    (shots, given), (other_shots, other_given) = (zip(*x) for x in asked[:2])
+    assert asked[0] == asked[2] and given != other_given and shots[0] != other_shots[0]
+
+
 def test_the_scorer_sees_every_sample_once_a_pass_in_a_new_order(gold_config, monkeypatch):
     """Samples lie in the order of their rounds, plain before OOD: batches must mix them."""
     cfg, read, collate = gold_config(passes=3, batch_size=4), [], common.collate
@@ -304,6 +321,15 @@ def test_the_scorer_is_trained_every_retrain_rounds_at_its_own_rate(gold_config,
     monkeypatch.setattr(gold, "train_scorer", train_scorer)
     gold.train(gold_config(steps=0, retrain=2, scorer_lr=0.003, lr=0.007))
     assert trained == [(16, 0.003), (32, 0.003)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_real_samples_have_each_label_as_often_as_any_other(seed):
+    """Also where one of them is rare among the rows."""
+    rows = [{"sample": {"text": str(i), "label": "rare" if i % 10 == 0 else "common"}} for i in range(60)]
+    task = {"name": "x", "labels": {"rare": "", "common": ""}}
+    labels = [s["label"] for s in gold.pick_shots(task, rows, 4, random.Random(seed))]
+    assert labels.count("rare") == labels.count("common") == 2
 
 
 @pytest.fixture
@@ -452,6 +478,21 @@ def test_an_llm_that_is_slow_but_writes_is_waited_for():
     assert len(found) == 24
 
 
+def test_a_text_is_asked_for_again_with_other_noise_and_with_the_settings_of_sampling():
+    """The name of a call is its noise: under one name the LLM would write the same useless text again and again."""
+    class Llm:
+        asked, kept, file, calls = 0, 0, "written.jsonl", []
+
+        def __call__(self, prompts, call, **settings):
+            self.calls.append((call, settings))
+            return ["no" if len(self.calls) < 4 else "the actor was rather slow here"]
+    cfg, task = gold.Config(temperature=0.4, top_k=7, top_p=0.6), common.load_task("reviews")
+    gold.write_samples(Llm(), task, [], [{"label": "negative"}], "plain", 0, set(), cfg)
+    names, settings = zip(*Llm.calls)
+    assert len({str(name) for name in names}) == len(names) == 4
+    assert all(s == dict(temperature=0.4, top_k=7, top_p=0.6) for s in settings)
+
+
 def test_the_student_gets_as_many_samples_as_the_budget_says(gold_config, monkeypatch):
     """A round that goes beyond it is cut: budgets are what methods are compared at."""
     given, real = [], gold.train_student
@@ -471,6 +512,17 @@ def test_unusable_texts_are_asked_for_again_and_counted(gold_config, monkeypatch
 
 
 @pytest.mark.filterwarnings("error")  # a mean over nothing
+def test_accuracy_is_that_of_greedy_answers(gold_config, monkeypatch):
+    """As the LLM's own, which it is compared with. Here a student that is right when it is greedy only."""
+    cfg = gold_config()
+    student, tokenizer = common.load_model(cfg.student, CPU), AutoTokenizer.from_pretrained(cfg.student)
+    words = {0.0: "negative", 1.0: "positive"}
+    monkeypatch.setattr(common, "sample", lambda model, prompts, max_new, temperature=1.0, **k:
+                        ([tokenizer(words[temperature]).input_ids for _ in prompts], None))
+    examples = [common.Example([5], [5], [6], {"references": ["negative"]})] * 3
+    assert gold.evaluate(student, examples, common.load_task("reviews"), tokenizer, cfg) == {"accuracy": 1.0}
+
+
 def test_a_handful_of_test_rows_need_not_hold_a_rare_topic():
     rows = [{"references": ["good"], "weight": 0.5, "tail": False}, {"references": ["bad"], "weight": 1.5, "tail": False}]
     task = {"metric": "accuracy"}

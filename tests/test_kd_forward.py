@@ -150,6 +150,18 @@ def test_sft_needs_no_teacher_and_seqkd_trains_on_teacher_text(config, tmp_path,
         kd_forward.train(config(teacher="none", out=str(tmp_path / "x")))
 
 
+def test_the_teacher_answers_every_training_prompt_also_those_without_a_response(config, tmp_path, monkeypatch):
+    rows, given, real = [json.loads(x) for x in open(config().data)], [], common.Batches
+    file = tmp_path / "few.jsonl"
+    file.write_text("".join(json.dumps({**r, "response": r["response"] if i % 3 else None}) + "\n" for i, r in enumerate(rows)))
+    monkeypatch.setattr(common, "Batches", lambda examples, *a: given.extend(examples) or real(examples, *a))
+    cfg = config(data=str(file), responses="teacher", steps=0)
+    kd_forward.train(cfg)
+    prompts = {r["prompt"] for r in common.load_rows(cfg)["train"]}
+    assert {e.row["prompt"] for e in given} == prompts and all(e.response for e in given)
+    assert any(e.row["response"] is None for e in given)
+
+
 def test_zero_steps_only_evaluates(config):
     result = kd_forward.train(config(steps=0))
     assert result["before.kl_pq"] == result["after.kl_pq"] and result["steps"] == 0
@@ -193,6 +205,16 @@ def test_the_teacher_runs_once_for_each_remembered_response(config):
     assert len(calls) == epoch and torch.allclose(first[0], cached(batches.at(0)[0]), atol=1e-6)
     [cached(batches.at(step)[0]) for step in range(epoch, 2 * epoch)]
     assert len(calls) == epoch
+
+
+def test_a_batch_of_which_a_part_is_remembered_is_computed(config):
+    """Where an epoch ends within a step, or the batch size does not divide it, old and new examples meet."""
+    cfg = config(cache_gib=1.0)
+    _, teacher, _, _, batches = setup(cfg)
+    cached, plain = common.teacher_states(teacher, batches, cfg), common.response_states(teacher)
+    for ids in ([0, 1], [1, 2, 3], [3, 0, 2], [5, 1]):
+        batch = batches.batch(ids)
+        assert torch.allclose(cached(batch), plain(batch), atol=1e-5), ids
 
 
 @pytest.mark.slow

@@ -83,6 +83,15 @@ def test_the_optimizer_steps_with_that_learning_rate(name, any_root, tmp_path, m
     assert seen[-3:] == [common.lr_at(i, cfg) for i in range(3)]
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_optimizer_decays_weights_by_the_share_that_is_set(name, any_root, tmp_path, monkeypatch):
+    """AdamW has a default of its own, the same as ours. GOLD: the scorer's too."""
+    cfg, seen, step = any_run(name, any_root, tmp_path / "run", steps=1, weight_decay=0.3, eval_every=9, budget=24), [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: seen.append(self.param_groups[0]["weight_decay"]) or step(self, *a, **k))
+    importlib.import_module(name).train(cfg)
+    assert seen and set(seen) == {0.3}
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Dropout
 # ---------------------------------------------------------------------------------------------------------------
@@ -105,6 +114,29 @@ def test_every_step_has_dropout_but_those_of_llmr_and_dpkd(name, any_root, tmp_p
     assert len(seen) >= 3 and set(seen) == {name not in ("llmr", "dpkd")}
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_step_computes_in_the_dtype_that_is_set_and_so_does_the_sampler(name, any_root, tmp_path, monkeypatch):
+    """On a CPU too. The weights stay fp32, so what decides is autocast; GOLD: in the scorer's steps as well."""
+    real, sample, seen, drawn = common.response_states, common.sample, [], []
+
+    def response_states(model, *args):
+        states = real(model, *args)
+
+        def call(batch):
+            hidden = states(batch)
+            seen.extend([hidden.dtype] if hidden.requires_grad else [])
+            return hidden
+        return call
+
+    def sampled(model, *args, **kwargs):
+        drawn.append(model.dtype if kwargs.get("dtype") is None else kwargs["dtype"])
+        return sample(model, *args, **kwargs)
+    monkeypatch.setattr(common, "response_states", response_states)
+    monkeypatch.setattr(common, "sample", sampled)
+    importlib.import_module(name).train(any_run(name, any_root, tmp_path / "run", steps=1, dtype="bfloat16", eval_every=9, budget=24))
+    assert seen and set(seen) == {torch.bfloat16} and set(drawn) <= {torch.bfloat16} and bool(drawn) == (name != "ddk")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What a run says at its end, and runs side by side
 # ---------------------------------------------------------------------------------------------------------------
@@ -124,6 +156,23 @@ def test_the_headline_that_moved_most_is_named():
     assert common.moved_most(before, after) == "moved most: kl_pq, 4.000 -> 1.000"  # by 3/4 of it; length is no headline
     assert common.moved_most({"ce": 0.0, "accuracy": 0.5}, {"ce": 0.0, "accuracy": 0.55}) == "moved most: accuracy, 0.500 -> 0.550"
     assert common.moved_most({"length": 1.0}, {"length": 2.0}) == "no headline metric was measured"
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_both_its_parts(config, monkeypatch):
+    cfg, end_step = config(steps=3, save_every=2, eval_every=9), common.Run.end_step
+
+    def killed(self, step, **parts):
+        end_step(self, step, **parts)
+        if step == 2:
+            raise SystemExit(9)
+    with monkeypatch.context() as m:
+        m.setattr(common.Run, "end_step", killed)
+        with pytest.raises(SystemExit):
+            kd_forward.train(cfg)
+    saved = torch.load(f"{cfg.out}/checkpoint.pt", weights_only=True)
+    assert saved["seconds"] > 0
+    torch.save({**saved, "seconds": 1000.0}, f"{cfg.out}/checkpoint.pt")
+    assert kd_forward.train(dataclasses.replace(cfg, resume=True))["seconds"] >= 1000
 
 
 @pytest.fixture
