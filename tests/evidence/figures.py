@@ -226,7 +226,7 @@ def main(source=ROOT / "assets/results.jsonl", folder=ROOT / "assets"):
             "kl-more-2x": "KD, 2x steps", "greedy-more-3x": "SeqKD, greedy, 3x", "reverse-kl-late": "reverse KL", "llmr": "LLMR"}}
     margins = {"frozen-b01": "y_s drawn once (frozen)", "online-b01": "every step (online)"}
     margin = {"training pairs": ("train", "margin", RED), "fresh pairs": ("curve", "fresh_margin", BLUE)}
-    gaps = {"uniform": "uniform", "no-smoothing": "without smoothing: r = softmax(rho)", "ddk": "DDK"}
+    gaps = {"uniform": "uniform", "first-look": "the first look, kept", "no-smoothing": "without smoothing", "ddk": "DDK"}
     arms = {"gold-plain": "plain prompt", "gold-ood": "OOD prompt", "gold": "GOLD (band)", "gold-random": "random",
             "gold-top": "top", "t1-plain": "plain at T = 1", "t1": "GOLD at T = 1"}
     figures = {
@@ -241,7 +241,7 @@ def main(source=ROOT / "assets/results.jsonl", folder=ROOT / "assets"):
         "dpkd_margin.png": (margins, lambda title: pairs(records, margins, margin, 1.1, title),
                             "Margin / beta, nats, {} (thin): stale pairs flatter the student, fresh ones do not"),
         "ddk_gap.png": (gaps, lambda title: by_domain(records, gaps, title),
-                        "Gap to the teacher, PPL(q) / PPL(p), by domain, {} (thin)"),
+                        "Gap to the teacher, PPL(q) / PPL(p), by domain, {} (thin): it has to be followed, and smoothly"),
         "gold_coverage.png": (arms, lambda title: coverage(records, arms, title),
                               "3,008 samples each, {} (thin): what is covered is what is learned"),
     }
