@@ -158,23 +158,6 @@ def test_the_headline_that_moved_most_is_named():
     assert common.moved_most({"length": 1.0}, {"length": 2.0}) == "no headline metric was measured"
 
 
-def test_the_seconds_of_a_resumed_run_are_those_of_both_its_parts(config, monkeypatch):
-    cfg, end_step = config(steps=3, save_every=2, eval_every=9), common.Run.end_step
-
-    def killed(self, step, **parts):
-        end_step(self, step, **parts)
-        if step == 2:
-            raise SystemExit(9)
-    with monkeypatch.context() as m:
-        m.setattr(common.Run, "end_step", killed)
-        with pytest.raises(SystemExit):
-            kd_forward.train(cfg)
-    saved = torch.load(f"{cfg.out}/checkpoint.pt", weights_only=True)
-    assert saved["seconds"] > 0
-    torch.save({**saved, "seconds": 1000.0}, f"{cfg.out}/checkpoint.pt")
-    assert kd_forward.train(dataclasses.replace(cfg, resume=True))["seconds"] >= 1000
-
-
 @pytest.fixture
 def two_runs(config, any_root, tmp_path):
     """Finished runs of two methods."""
