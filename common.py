@@ -844,11 +844,20 @@ def text_of(record, name, where, flag, optional=False):
 
 
 def prompt_and_response(record, where, cfg):
-    """A raw record -> row: prompt, response or None, and what a tiny world knows about the right
-    answers."""
+    """A raw record -> row: prompt, response or None; where there are any, the right responses (references)
+    and, from a tiny world, how probable each of them is (probs)."""
     row = {"prompt": text_of(record, cfg.prompt_field, where, "--prompt-field"),
            "response": text_of(record, cfg.response_field, where, "--response-field", optional=True)}
-    return row | {k: record[k] for k in ("references", "probs") if k in record}
+    right = record.get("references") or []
+    right = right if isinstance(right, list) else [right]
+    if right:
+        row["references"] = [text_of({"references": text}, "references", where, "") for text in right]
+    if "probs" in record:
+        row["probs"] = record["probs"]
+        if not isinstance(row["probs"], list) or len(row["probs"]) != len(right) or not right:
+            raise BadInput(f"{where}: field 'probs' is not a list with a number for each of 'references': "
+                           "leave it out")
+    return row
 
 
 def load_rows(cfg, world="answers", read=prompt_and_response, names=None):
@@ -1155,7 +1164,8 @@ def pack(name, source, tokenizer, cfg):
     vocabulary = hashlib.sha1(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
     stamp = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files_of(source) or []]
     n, dtype = cfg.max_tokens, np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    key = json.dumps([stamp or source, vocabulary, cfg.domain_tokens, cfg.holdout, cfg.text_field])
+    spelled = tokenizer.eos_token_id, tokenizer(PROBE).input_ids  # the same words may be cut otherwise
+    key = json.dumps([stamp or source, vocabulary, spelled, cfg.domain_tokens, cfg.holdout, cfg.text_field])
     target = cache_dir() / f"packed-{name}-{hashlib.sha1(key.encode()).hexdigest()[:16]}"
     if not target.is_dir():
         print(f"packing domain {name}: {source} ...", flush=True)
@@ -1999,6 +2009,10 @@ class KnownAnswers:
     """The metrics of rows that know all their right answers, as many for each row."""
 
     def __init__(self, examples, tokenizer, cfg):
+        counts = sorted({len(e.row["references"]) for e in examples})
+        if len(counts) > 1:
+            raise BadInput(f"--data {cfg.data}: rows with 'probs' have as many 'references' each, here some "
+                           f"have {counts[0]} and others {counts[-1]}: leave 'probs' out")
         encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         self.answers = [dataclasses.replace(e, response=encode(r))
                         for e in examples for r in e.row["references"]]

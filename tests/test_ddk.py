@@ -314,6 +314,20 @@ def test_what_was_packed_is_found_again_and_a_changed_file_is_not(tmp_path, cfg,
     assert load().sha1 != first and "packing domain a" in capsys.readouterr().out
 
 
+def test_another_tokenizer_with_the_same_words_packs_anew(tmp_path, cfg):
+    """The vocabulary alone does not say which token ends a document."""
+    write_docs(tmp_path / "a.jsonl", 100, 0)
+    ends = []
+    for eos in (small_tokenizer().eos_token, "cat"):
+        tokenizer = small_tokenizer()
+        tokenizer.eos_token = eos
+        parts, _ = common.pack("d", f"{tmp_path}/a.jsonl", tokenizer, cfg())
+        ends.append((parts["train"] == tokenizer.eos_token_id).sum())
+        assert ends[-1]
+    tokenizer.eos_token = small_tokenizer().eos_token
+    assert common.pack("d", f"{tmp_path}/a.jsonl", tokenizer, cfg())[0]["train"].tolist() != parts["train"].tolist()
+
+
 def test_another_holdout_never_meets_the_old_splits(tmp_path, cfg):
     """The cache is shared by all runs: a document that was trained on would be tested on, or the other way round."""
     texts, tokenizer = write_docs(tmp_path / "a.jsonl", 300, 0), small_tokenizer()

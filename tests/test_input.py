@@ -116,6 +116,12 @@ GOOD = b'{"prompt": "the cat", "response": "cat the"}\n'
     (GOOD + b'{"prompt": null, "response": "x"}\n', r":2: field 'prompt' is a NoneType"),
     (GOOD + b'{"prompt": "x", "response": ["y"]}\n', r":2: field 'response' is a list"),
     (GOOD + b'{"prompt": "x", "response": "\\ud800"}\n', r":2: field 'response' holds half a surrogate"),
+    (GOOD + b'{"prompt": "x", "response": "y", "references": [3]}\n', r":2: field 'references' is a int"),
+    (GOOD + b'{"prompt": "x", "response": "y", "references": {"a": "b"}}\n', r":2: field 'references' is a dict"),
+    (GOOD + b'{"prompt": "x", "response": "y", "probs": [1]}\n', r":2: field 'probs' is not a list with a number for each"),
+    (GOOD + b'{"prompt": "x", "response": "y", "references": ["a"], "probs": [0.5, 0.5]}\n', r":2: field 'probs' is not"),
+    (GOOD + b'{"prompt": "x", "response": "y", "references": ["a"], "probs": 1}\n', r":2: field 'probs' is not"),
+    (GOOD + b'{"prompt": "x", "response": "y", "references": [], "probs": []}\n', r":2: field 'probs' is not"),
     (GOOD + b'{"prompt": "\xff", "response": "x"}\n', r":2: not valid UTF-8"),
     (GOOD + b"[" * 100_000 + b"\n", r":2: "),
     (GOOD * 3, "none is left for"),
@@ -125,6 +131,20 @@ def test_bad_data_names_file_and_line(config, tmp_path, content, match):
     cfg = config(data=str(tmp_path / "bad.jsonl"))
     said = refused(match, kd_forward.train, cfg)
     assert "bad.jsonl" in said and not Path(cfg.out).exists()
+
+
+def test_references_are_a_text_or_several_and_nothing_is_none():
+    row = lambda **more: common.prompt_and_response({"prompt": "x", "response": "y", **more}, "here", kd_forward.Config())
+    assert row(references=["a", "b"])["references"] == ["a", "b"] and row(references="a b")["references"] == ["a b"]
+    assert "references" not in row() | row(references=None) | row(references=[]) | row(references="")
+
+
+def test_known_answers_are_as_many_in_every_row(config, tmp_path):
+    """The share of each wording is asked for, so a row with two cannot stand beside one with three."""
+    rows = [{"prompt": f"the cat {i}", "response": "cat", "references": ["cat"] * n, "probs": [1 / n] * n}
+            for i in range(40) for n in [1 + i % 2]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    refused("some have 1 and others 2: leave 'probs' out", kd_forward.train, config("llama", data=str(tmp_path / "rows.jsonl"), holdout=0.3))
 
 
 def test_csv_saved_datasets_and_split_directories(config, tmp_path, rows_file):
