@@ -100,9 +100,9 @@ def test_letters_and_phones_are_tokens_of_their_own(run):
 
 
 def test_models_have_the_sizes_that_are_printed(tmp_path):
-    """With the 69 phones of CMU's dictionary: 1.8 million, 26 thousand, 57 thousand parameters, about."""
+    """With the 69 phones of CMU's dictionary: 1.8 million and 26 thousand parameters, about."""
     vocab = {token: i for i, token in enumerate([*world.SPECIAL, *world.LETTERS, *map(str, range(69))])}
-    for (name, (shape, _)), about in zip(world.MODELS.items(), (1.8e6, 26e3, 57e3)):
+    for (name, shape), about in zip(world.MODELS.items(), (1.8e6, 26e3)):
         said = world.write_model(tmp_path / name, vocab, *shape)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / name))
@@ -119,11 +119,12 @@ def test_the_commands_make_a_teacher_and_students(run, monkeypatch, capsys):
         kd_forward.train(cfg)
         return SimpleNamespace(returncode=0)
     monkeypatch.setattr(world, "subprocess", SimpleNamespace(run=run_here))
-    monkeypatch.setitem(world.MODELS, "teacher", ((32, 1, 2), world.MODELS["teacher"][1]))
+    monkeypatch.setitem(world.MODELS, "teacher", (32, 1, 2))
     top = run(made_up(60), "--train", "--no-stress")
     assert "cut to fit: 0 prompts, 0 responses" in capsys.readouterr().out
-    assert [(c.teacher, c.alpha) for c in asked] == [("none", 0)] + [(str(top / "runs/teacher/student"), 1)] * 2
-    for name in world.MODELS:
+    assert [(c.teacher, c.alpha) for c in asked] == [("none", 0), (str(top / "runs/teacher/student"), 1), ("none", 0)]
+    assert asked[1].student == asked[2].student and asked[1].steps == asked[2].steps and asked[1].lr == asked[2].lr
+    for name in world.RUNS:
         assert (top / f"runs/{name}/student/model.safetensors").exists()
         assert "exact_match_greedy" in (top / f"runs/{name}/result.json").read_text()
 

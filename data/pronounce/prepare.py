@@ -14,9 +14,10 @@ Tiny models become good at it and never perfect: names and loan words follow no 
 makes a word wrong. The response is the first pronunciation, and any of the references is right: a run's
 `exact_match_greedy` is its word accuracy. DIR then holds
 
-    data/train.jsonl, valid.jsonl, test.jsonl             1,000 words for valid, as many for test
-    random-teacher/, random-student-26k/, -student-57k/   tokenizer and configuration without weights
-    runs/<name>/student/                                  what kd_forward.py makes of each, the teacher too
+    data/train.jsonl, valid.jsonl, test.jsonl     1,000 words for valid, as many for test
+    random-teacher/, random-student/              tokenizer and configuration without weights
+    runs/teacher/, runs/kd/, runs/labels/         what kd_forward.py makes of them: "kd" and "labels" are the same
+                                                  student, taught by the teacher and by the dictionary itself
 
 No word is in two splits, but "tomatoes" is another word than "tomato" and may stand in another one. Nothing
 of any dictionary is kept in this repository.
@@ -36,11 +37,12 @@ HERE = Path(__file__).resolve().parent
 LETTERS = "abcdefghijklmnopqrstuvwxyz"  # phones are written in capitals, so no token is both
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]  # their places are their ids
 CHAT = "{% for m in messages %}<user> {{ m.content }} {% endfor %}<assistant>"
-# name: (width, layers, heads) and the settings of kd_forward.py; the students learn from the teacher
-MODELS = {
-    "teacher": ((160, 6, 5), {"teacher": "none", "alpha": 0, "steps": 6000, "lr": 2e-3, "warmup": 200}),
-    "student-26k": ((32, 2, 2), {"steps": 3000, "lr": 6e-3, "warmup": 50}),
-    "student-57k": ((48, 2, 2), {"steps": 3000, "lr": 6e-3, "warmup": 50}),
+MODELS = {"teacher": (160, 6, 5), "student": (32, 2, 2)}  # width, layers, heads: 1.8M and 26k parameters
+STUDENT = {"steps": 3000, "lr": 6e-3, "warmup": 50}
+RUNS = {  # name: the model and the settings of kd_forward.py; "kd" and "labels" train the same student
+    "teacher": ("teacher", {"teacher": "none", "alpha": 0, "steps": 6000, "lr": 2e-3, "warmup": 200}),
+    "kd": ("student", STUDENT),
+    "labels": ("student", {"teacher": "none", "alpha": 0, **STUDENT}),
 }
 
 
@@ -140,11 +142,12 @@ def write_model(folder, vocab, width, layers, heads):
 
 
 def command(name, top):
-    """The command of kd_forward.py that trains a model: the teacher on the rows, a student by KD."""
-    settings = {"teacher": top / "runs/teacher/student", "student": top / f"random-{name}",
+    """The command of kd_forward.py behind a run."""
+    model, chosen = RUNS[name]
+    settings = {"teacher": top / "runs/teacher/student", "student": top / f"random-{model}",
                 "data": top / "data", "batch_size": 64, "max_prompt": 32, "max_response": 32,
                 "eval_every": 1000, "eval_rows": 1000, "log_every": 100, "out": top / "runs" / name,
-                **MODELS[name][1]}
+                **chosen}
     words = [sys.executable, str(HERE.parents[1] / "kd_forward.py")]
     for key, value in settings.items():
         words += ["--" + key.replace("_", "-"), str(value)]
@@ -173,11 +176,11 @@ def main():
         write_rows(top / f"data/{name}.jsonl", words, said)
     print("rows: " + ", ".join(f"{len(words)} for {name}" for name, words in splits.items()))
     print(f"tokens: {len(SPECIAL)} special, 26 letters, {len(vocab) - len(SPECIAL) - 26} phones")
-    for name, (shape, _) in MODELS.items():
+    for name, shape in MODELS.items():
         folder = top / f"random-{name}"
         print(f"{folder}: {write_model(folder, vocab, *shape)} parameters")
     print("what trains them, the teacher first; the models are then in runs/<name>/student:")
-    for name in MODELS:
+    for name in RUNS:
         print(f"\n{shlex.join(command(name, top))}", flush=True)
         if args.train and (status := subprocess.run(command(name, top)).returncode):
             sys.exit(status)
