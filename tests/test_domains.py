@@ -59,14 +59,6 @@ def test_code_has_no_docstrings_and_data_parse(corpus):
     assert set("".join(corpus["noise"][:50])) == set("0123456789abcdef")
 
 
-def test_sums_of_arith_are_written_from_right_to_left_and_copies_repeat(library):
-    made = world.make_corpus({"arith": 5, "copy": 5}, GRAMMAR["words"])
-    for line in "\n".join(made["arith"]).split("\n"):
-        both, total = line.split("=")
-        assert sum(map(int, both.split("+"))) == int(total[::-1])
-    assert all(len(set(line.split("|"))) == 1 for line in "\n".join(made["copy"]).split("\n"))
-
-
 def test_every_byte_is_a_token(corpus, tmp_path):
     world.write_model(tmp_path / "model", 16, 1, 2)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
@@ -95,3 +87,17 @@ def test_the_program_writes_its_domains_and_asks_ddk_for_its_models(library, tmp
     assert {f.name for f in (tmp_path / "w/data").iterdir()} == {"code.jsonl", "log.jsonl", "noise.jsonl"}
     assert [c.mix for c in asked] == [small["teacher"], small["student"]]
     assert all(c.teacher == "none" and c.gamma == 0 and c.seed == 2 and c.data == str(tmp_path / "w/data") for c in asked)
+
+
+def test_own_text_takes_the_place_of_a_set(tmp_path, monkeypatch):
+    asked = []
+
+    def popen(command, **kw):
+        asked.append(common.parse_args(ddk.Config, command[2:]))
+        (common.Path(asked[-1].out) / "student").mkdir(parents=True)
+        return SimpleNamespace(stdout=[], wait=lambda: 0)
+    monkeypatch.setattr(world, "subprocess", SimpleNamespace(Popen=popen, PIPE=None, STDOUT=None))
+    monkeypatch.setattr("sys.argv", ["prepare.py", str(tmp_path / "w"), "--domains", "code=src,log=server.log"])
+    world.main()
+    assert [(c.domains, c.mix, c.max_tokens) for c in asked] == [("code=src,log=server.log", mix, 128) for mix in ("uniform", "natural")]
+    assert {f.name for f in (tmp_path / "w").iterdir()} == {"teacher", "student"}

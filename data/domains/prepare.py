@@ -2,11 +2,12 @@
 
     python data/domains/prepare.py DIR                  data, teacher and student of world 0
     python data/domains/prepare.py DIR --number 1       another teacher and student, on the same data
-    python data/domains/prepare.py DIR --set alike      another set of domains of grammar.json
+    python data/domains/prepare.py DIR --set same       another set of domains of grammar.json
+    python data/domains/prepare.py DIR --domains code=src/**/*.py,log=server.log      your own text, larger models
 
 `code` and `prose` are real text of the Python that runs this: the functions and classes of its standard library
-without docstrings, and their docstrings with the topics of its help(). `log`, `json`, `csv`, `arith` and `copy` are
-written by the generators below; `noise` is random, so nobody can learn it: the control. Most of the corpus is json
+without docstrings, and their docstrings with the topics of its help(). `log`, `json` and `csv` are written
+by the generators below; `noise` is random, so nobody can learn it: the control. Most of the corpus is json
 and csv. The text varies with the version of Python, so every result carries a hash of the corpus. Tokens are bytes.
 
 No document is in two splits, but documents repeat phrases: of the windows of 64 characters in the test split about a
@@ -14,7 +15,8 @@ quarter stand somewhere in the training split for prose and json (the docstrings
 do), fewer for the others. A gap is a ratio of two models on the same text, so this moves both perplexities.
 
 DIR then holds data/<domain>.jsonl, rows {text}, and teacher/ and student/, Hugging Face model directories made by
-ddk.py; the commands are printed and can be repeated by hand.
+ddk.py; the commands are printed and can be repeated by hand. With --domains, sources as ddk.py takes them, there is
+no data/; the teacher learns all domains alike, the student starts from their natural proportion.
 """
 import argparse
 import ast
@@ -96,18 +98,7 @@ def noise(rng, words):
     return "".join(rng.choices("0123456789abcdef", k=400))
 
 
-def arith(rng, words):
-    """Additions, the digits of the sum from right to left: the order in which a carry moves."""
-    pairs = [(rng.randint(0, 999), rng.randint(0, 999)) for _ in range(rng.randint(8, 16))]
-    return "\n".join(f"{a}+{b}={str(a + b)[::-1]}" for a, b in pairs)
-
-
-def copy(rng, words):
-    drawn = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(4, 12))) for _ in range(rng.randint(5, 10))]
-    return "\n".join(f"{w}|{w}" for w in drawn)
-
-
-WRITERS = {"log": log, "json": as_json, "csv": as_csv, "noise": noise, "arith": arith, "copy": copy}
+WRITERS = {"log": log, "json": as_json, "csv": as_csv, "noise": noise}
 
 
 def endless(write, rng, words):
@@ -187,20 +178,25 @@ def main():
     parser.add_argument("dir", type=Path, help="the directory to make")
     parser.add_argument("--number", type=int, default=0, help="which world: seeds teacher and student")
     parser.add_argument("--set", default="tiny", help="which set of domains of the grammar")
+    parser.add_argument("--domains", default="", help="your own text in place of a set: name=source,name=source")
     parser.add_argument("--grammar", type=Path, default=HERE / "grammar.json")
     args = parser.parse_args()
     top, grammar = args.dir.resolve(), json.loads(args.grammar.read_text())
     work, chosen = top / "work", grammar["sets"][args.set]
     shutil.rmtree(work, ignore_errors=True)  # what an interrupted run may have left
 
-    (top / "data").mkdir(parents=True, exist_ok=True)
-    for name, texts in make_corpus(chosen["size"], grammar["words"]).items():
-        (top / f"data/{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    recipes, text = grammar["models"], {"data": top / "data"}
+    if args.domains:
+        recipes, text, chosen = grammar["own"], {"domains": args.domains}, {"teacher": "uniform", "student": "natural"}
+    else:
+        (top / "data").mkdir(parents=True, exist_ok=True)
+        for name, texts in make_corpus(chosen["size"], grammar["words"]).items():
+            (top / f"data/{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     for name in ("teacher", "student"):
-        recipe = grammar["models"][name]
+        recipe = recipes[name]
         write_model(work / f"random-{name}", *(recipe[key] for key in ("width", "layers", "heads")))
-        train(top / name, work, student=work / f"random-{name}", data=top / "data", mix=chosen[name],
-              seed=args.number, steps=recipe["steps"], lr=recipe["lr"])
+        train(top / name, work, student=work / f"random-{name}", **text, mix=chosen[name], seed=args.number,
+              steps=recipe["steps"], lr=recipe["lr"], max_tokens=recipe.get("tokens", 64))
     shutil.rmtree(work)
 
 
