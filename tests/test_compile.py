@@ -122,6 +122,16 @@ def test_the_static_cache_keeps_its_addresses_and_forgets_its_content(pair):
     assert again == common.sample(fresh, [[5, 6], [7, 8, 9]], 5, seed=0, eos=1, static=True)[0]
 
 
+def test_a_batch_of_the_sampler_has_keys_and_values_of_sixteen_gib_at_most(pair):
+    """Counted by a run of the sampler itself: what its cache holds of one sequence, times the rows of a batch."""
+    model = models(pair, "llama")[1]
+    common.sample(model, [[5, 6]], 62, seed=0, eos=1, static=True)
+    cache = common.static_cache(model, model.config, "self", 1, 64)
+    one = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    rows = common.cache_rows(model, 64)
+    assert rows * one <= 2**34 < (rows + 1) * one
+
+
 def test_grouped_heads_share_their_keys_without_a_copy(pair):
     """The attention of one new token against heads that each get their own copy of the keys."""
     torch.manual_seed(0)

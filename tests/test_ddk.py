@@ -272,6 +272,13 @@ def test_sequences_that_are_looked_at_are_spread_over_their_split(tmp_path, cfg)
         assert max(steps) - min(steps) <= 1  # as evenly as can be
 
 
+def test_a_limit_on_training_tokens_leaves_valid_and_test_whole(tmp_path, cfg):
+    write_docs(tmp_path / "a.jsonl", 300, 0)
+    whole, cut = (common.pack("a", f"{tmp_path}/a.jsonl", small_tokenizer(), cfg(domain_tokens=n))[0] for n in (0, 32))
+    assert len(cut["train"]) == 2 < len(cut["valid"]) and np.array_equal(cut["train"], whole["train"][:2])
+    assert all(np.array_equal(cut[s], whole[s]) for s in ("valid", "test"))
+
+
 def test_a_document_that_comes_again_is_packed_once(tmp_path, cfg):
     once, again, tokenizer = tmp_path / "once.jsonl", tmp_path / "again.jsonl", small_tokenizer()
     texts = write_docs(once, 200, 0)
