@@ -235,6 +235,9 @@ def test_batched_generation_equals_one_at_a_time_at_temperature_0(world, tmp_pat
     assert together == [llm(f"b{i}")([p], "x")[0] for i, p in enumerate(prompts)]
     monkeypatch.setattr(common, "sample", None)  # what the file holds is not asked for again
     assert llm("a")(prompts, "x") == together
+    for other in (dict(temperature=0.5), dict(top_k=3), dict(top_p=0.5)):
+        with pytest.raises(TypeError):  # sampled otherwise it is another text
+            llm("a")(prompts, "x", **other)
 
 
 @pytest.mark.parametrize("top_p, kept", [(1.0, {0, 1, 2, 3}), (0.9, {0, 1, 2}), (0.79, {0, 1}), (0.81, {0, 1, 2}), (0.1, {0})])

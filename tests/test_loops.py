@@ -695,3 +695,14 @@ def test_the_curve_ends_at_the_last_step(any_root, tmp_path, script):
     importlib.import_module(script).train(cfg)
     steps = [line["step"] for line in map(json.loads, open(f"{cfg.out}/log.jsonl")) if "valid" in line]
     assert steps == [0, 2, 3]
+
+
+def test_the_terms_of_a_logged_loss_bear_their_own_names(config, still, ddk_config, tmp_path):
+    """Where one term has no weight the loss is the other."""
+    of_kd = lambda alpha: config(kd_forward, still("gpt2"), alpha=alpha, steps=1, out=str(tmp_path / f"kd-{alpha}"))
+    of_ddk = lambda gamma: ddk_config("llama", gamma=gamma, steps=1, mix="uniform", out=str(tmp_path / f"ddk-{gamma}"))
+    for script, cfg, wanted in ((kd_forward, of_kd(0.0), lambda ce, kl: (ce, 0.0)), (kd_forward, of_kd(1.0), lambda ce, kl: (kl, kl)),
+                                (ddk, of_ddk(0.0), lambda ce, kl: (ce, 0.0)), (ddk, of_ddk(0.5), lambda ce, kl: (ce + 0.5 * kl, kl))):
+        script.train(cfg)
+        loss, ce, kl = (logged(cfg.out, k)[0] for k in ("loss", "ce", "kl"))
+        assert (loss, kl) == pytest.approx(wanted(ce, kl), rel=1e-5) and ce > 0
