@@ -420,8 +420,10 @@ def test_learning_raises_the_advantage(llmr_config):
 
 @pytest.mark.parametrize("sync", [1, 4])
 def test_resume_ends_bitwise_like_an_uninterrupted_run(llmr_config, resumes_bitwise, sync):
-    """With sync 4 the checkpoint of step 2 lies between two refreshes: the stale sampler must come back as it was."""
-    whole, _ = resumes_bitwise(llmr.train, llmr_config(steps=5, sync=sync, eval_every=9, max_response=8))
+    """With sync 4 the checkpoint of step 6 lies between two refreshes: the stale sampler must come back as it was, which
+    is neither the student of now nor the one of the beginning."""
+    cfg = llmr_config(steps=8, sync=sync, eval_every=9, save_every=3, max_response=8)
+    whole, _ = resumes_bitwise(llmr.train, cfg, died=7)
     assert ("sampler" in whole) == (sync > 1)
 
 
