@@ -481,6 +481,12 @@ def test_an_llm_that_is_slow_but_writes_is_waited_for():
     assert len(found) == 24
 
 
+def test_real_samples_are_of_the_first_rows_where_typical_ones_can_be_put():
+    rows, task = [{"sample": {"text": str(i), "label": str(i % 2)}} for i in range(100)], {"name": "t", "labels": {"0": "", "1": ""}}
+    drawn = [int(s["text"]) for seed in range(60) for s in gold.pick_shots(task, rows, 2, random.Random(seed))]
+    assert set(drawn) == set(range(20))
+
+
 def test_a_text_is_asked_for_again_with_other_noise_and_with_the_settings_of_sampling():
     """The name of a call is its noise: under one name the LLM would write the same useless text again and again."""
     class Llm:
