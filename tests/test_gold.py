@@ -197,6 +197,20 @@ def test_whole_run_ends_with_a_student_that_loads_and_answers(gold_config, kind,
     assert len(tokenizer.decode(student.generate(ids, max_new_tokens=3, do_sample=False)[0]).split()) > len(row["text"].split())
 
 
+def test_the_curve_is_of_validation_rows_and_the_table_of_test_rows(gold_config, monkeypatch):
+    cfg = gold_config(steps=2, eval_every=1)
+    read = lambda split: {json.loads(x)["text"] for x in Path(cfg.data, f"{split}.jsonl").read_text().splitlines()}
+    asked, rows = [], {split: read(split) for split in ("valid", "test")}
+
+    def evaluate(model, examples, *args):
+        texts = {e.row["sample"]["text"] for e in examples}
+        asked.append(next(split for split in rows if texts <= rows[split]))
+        return {"accuracy": 0.5}
+    monkeypatch.setattr(gold, "evaluate", evaluate)
+    gold.train(cfg)
+    assert asked == ["test", "valid", "valid", "valid", "test"]
+
+
 def test_a_task_file_and_a_t5_student_with_its_own_tokenizer(gold_config, tmp_path):
     """The real path: LLM from a directory, a user's task, data in a file, a student of another kind and vocabulary."""
     entry = TASKS["reviews"]
