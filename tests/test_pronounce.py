@@ -53,8 +53,8 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-def rows_of(folder):
-    return {split: [json.loads(x) for x in open(folder / f"data/{split}.jsonl")] for split in ("train", "valid", "test")}
+def rows_of(folder, data="data"):
+    return {split: [json.loads(x) for x in open(folder / f"{data}/{split}.jsonl")] for split in ("train", "valid", "test")}
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1"])
@@ -75,6 +75,22 @@ def test_rows_are_letters_phones_and_all_pronunciations(run, capsys):
                                     "references": ["T AH0 M EY1 T OW2", "T AH0 M AA1 T OW2"]}
     assert all(re.fullmatch("[a-z]( [a-z]){2,13}", x) for x in found)
     assert "127 words, 122 are kept; left out: 3 with other characters than a-z, 2 not of 3 to 14 letters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asked, labels", [((), 24), (("--labels", "7"), 7)])
+def test_the_student_has_few_labels_and_three_times_as_many_words_without(asked, labels, run, capsys):
+    top = run(made_up(), *asked)
+    every, few = rows_of(top), rows_of(top, "few")
+    assert few["valid"] == every["valid"] and few["test"] == every["test"] and len(few["train"]) == 4 * labels
+    assert few["train"][:labels] == every["train"][:labels]
+    assert few["train"][labels:] == [{"prompt": r["prompt"], "response": None} for r in every["train"][labels:4 * labels]]
+    assert f"the student has {4 * labels} for train, {labels} of them with a label" in capsys.readouterr().out
+
+
+def test_no_label_at_all_gets_one_sentence(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(made_up(), "--labels", "0")
+    assert "error: --labels 0: one word at least needs a label\n" == capsys.readouterr().err and not (tmp_path / "w").exists()
 
 
 def test_a_word_is_in_one_split_whatever_the_order_of_the_file():
@@ -122,7 +138,8 @@ def test_the_commands_make_a_teacher_and_students(run, monkeypatch, capsys):
     monkeypatch.setitem(world.MODELS, "teacher", (32, 1, 2))
     top = run(made_up(60), "--train", "--no-stress")
     assert "cut to fit: 0 prompts, 0 responses" in capsys.readouterr().out
-    assert [(c.teacher, c.alpha) for c in asked] == [("none", 0), (str(top / "runs/teacher/student"), 1), ("none", 0)]
+    assert [(c.teacher, c.alpha) for c in asked] == [("none", 0), ("none", 0), (str(top / "runs/teacher/student"), 1)]
+    assert [c.data for c in asked] == [str(top / "data"), str(top / "few"), str(top / "few")]
     assert asked[1].student == asked[2].student and asked[1].steps == asked[2].steps and asked[1].lr == asked[2].lr
     for name in world.RUNS:
         assert (top / f"runs/{name}/student/model.safetensors").exists()

