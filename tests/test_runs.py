@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, any_run
+from safetensors.torch import load_file
 
 import common
 import ddk
@@ -84,12 +85,54 @@ def test_the_optimizer_steps_with_that_learning_rate(name, any_root, tmp_path, m
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_optimizer_decays_weights_by_the_share_that_is_set(name, any_root, tmp_path, monkeypatch):
-    """AdamW has a default of its own, the same as ours. GOLD: the scorer's too."""
+def test_every_optimizer_decays_weights_by_the_share_that_is_set_and_averages_as_its_comment_says(name, any_root, tmp_path, monkeypatch):
+    """AdamW has a default of its own for the one, the same as ours, and another for the other. GOLD: the scorer's too."""
     cfg, seen, step = any_run(name, any_root, tmp_path / "run", steps=1, weight_decay=0.3, eval_every=9, budget=24), [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: seen.append(self.param_groups[0]["weight_decay"]) or step(self, *a, **k))
+    look = lambda group: (group["weight_decay"], group["betas"])
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: seen.append(look(self.param_groups[0])) or step(self, *a, **k))
     importlib.import_module(name).train(cfg)
-    assert seen and set(seen) == {0.3}
+    assert seen and set(seen) == {(0.3, (0.9, 0.98))}
+
+
+OWN = {  # script: settings of its method and optimization with another value, and what else has to be set for it to matter
+    "kd_forward": [dict(alpha=0.5), dict(tau=2.0), dict(responses="teacher"), dict(alpha=0.0)],
+    "llmr": [dict(value="mean"), dict(value="lse"), dict(baseline="value"), dict(baseline="mean"), dict(sync=2)],
+    "dpkd": [dict(negatives="frozen"), dict(negatives="epoch"), dict(beta=0.1), dict(length_norm=True), dict(preference=0.0, anchor=0.5),
+             dict(anchor=0.5), dict(lm_coef=0.5, corpus="CORPUS")],
+    "gold": [dict(round_size=8), dict(ood=False), dict(select="top"), dict(select="random"), dict(select="none"), dict(temperature=1.5),
+             dict(top_k=0), dict(top_p=0.5), dict(retrain=3), dict(passes=2), dict(scorer_lr=0.1), dict(alpha=0.5), dict(beta=0.1),
+             dict(budget=40), dict(feedback=1, round_size=16, budget=96)],
+    "ddk": [dict(mix="uniform"), dict(mix="natural"), dict(mix="no-smoothing"), dict(mix="big=.2,mid=.2,small=.6"), dict(interval=3),
+            dict(alpha=0.9), dict(gamma=0.0), dict(gamma=2.0), dict(tau=2.0, gamma=2.0), dict(gap_rows=2), dict(domain_tokens=400), dict(max_tokens=8)],
+}
+ALL = [dict(batch_size=4), dict(lr=2e-3), dict(warmup=4), dict(weight_decay=0.9), dict(clip=1e-3), dict(seed=1)]
+BASES = {"feedback": dict(round_size=16, budget=96), "tau": dict(gamma=2.0)}  # what a setting is compared with, if not the default
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_setting_of_a_method_and_of_its_optimization_changes_what_is_learned(name, any_root, tmp_path):
+    """One that a loop does not pass on would be silently ignored. --accum must change nothing, and steps are counted."""
+    def weights(i, settings):
+        settings = {k: str(any_root / "text.txt") if v == "CORPUS" else v for k, v in settings.items()}
+        cfg = any_run(name, any_root, tmp_path / str(i), **{"eval_every": 99, "steps": 6, **large, **settings})
+        importlib.import_module(name).train(cfg)
+        return load_file(f"{cfg.out}/student/model.safetensors")
+    (any_root / "text.txt").write_text("the cat sat on the mat\n" * 40)
+    large = {"batch_size": 96} if name == "ddk" else {}  # shares that differ a little draw differently
+    known, tried = {}, set()
+    for i, settings in enumerate([*OWN[name], *ALL]):
+        first = next(iter(settings))
+        base = BASES.get(first, {}) if name in ("gold", "ddk") else {}
+        if str(base) not in known:
+            known[str(base)] = weights(f"base{i}", base)
+        new, old = weights(i, settings), known[str(base)]
+        assert any(not torch.equal(new[k], old[k]) for k in old), settings
+        tried |= set(settings)
+    config = importlib.import_module(name).Config
+    own = set(common.config_fields(config)[1]) - {"teacher", "student", "data", "task", "domains", "llm_prompt", "max_response",
+                                                  "steps", "accum", "eval_every", "eval_rows"}
+    assert own <= tried, own - tried
 
 
 # ---------------------------------------------------------------------------------------------------------------
