@@ -308,8 +308,20 @@ def test_another_teacher_never_meets_the_cache(pair):
         weight[1:].add_(0.01)  # a row that is never read, such as a pad token's, stays as it was in training
         changed = common.fingerprint(a)
         weight[1:].add_(-0.01)
+        weight[len(weight) // 2:].add_(0.01)  # only in its second half
+        late = common.fingerprint(a)
         weight.add_(0.01)
-    assert len({before, changed, common.fingerprint(a)}) == 3
+    assert len({before, changed, late, common.fingerprint(a)}) == 4
+
+
+def test_every_seed_step_and_process_has_noise_of_its_own(pair, monkeypatch):
+    seeds = [common.noise_seed(seed, step) for seed in range(3) for step in range(-2, 50)]
+    monkeypatch.setattr(common, "processes", lambda: (1, 2))
+    seeds += [common.noise_seed(seed, step) for seed in range(3) for step in range(-2, 50)]
+    assert len(set(seeds)) == len(seeds)
+    model, _ = load(pair, "gpt2")
+    drawn = [common.sample(model, [[3, 4]] * 4, 8, seed=common.noise_seed(seed, step), eos=0)[0] for seed, step in ((0, 0), (1, 0), (0, 1))]
+    assert drawn[0] != drawn[1] and drawn[0] != drawn[2]
 
 
 def test_answers_from_a_cut_vocabulary_never_meet_a_whole_one(pair, config, capsys):

@@ -185,6 +185,14 @@ def test_seeds_differ_in_the_domains_and_in_the_sequences_that_are_drawn():
     assert one == again and domains(one) != domains(other) and sequences(one) != sequences(other)
 
 
+def test_domains_of_one_size_have_orders_of_their_own():
+    """And every pass through one its own: texts that lie side by side in all domains must not meet in every step."""
+    sampler = ddk.DomainSampler([40, 40], 0)
+    drawn = sampler.draw(0, 400, vector(.5, .5))
+    orders = [[j for i, j in drawn if i == domain] for domain in (0, 1)]
+    assert len({tuple(order[first:first + 40]) for order in orders for first in (0, 40)}) == 4
+
+
 def test_a_restored_sampler_draws_what_the_first_would_have_drawn():
     one, shares = ddk.DomainSampler([5, 7], 3), vector(.3, .7)
     one.log_shares = shares.log()

@@ -138,18 +138,18 @@ def test_the_teacher_is_measured_on_its_own_template(config):
 
 
 def test_which_numbers_are_of_samples_and_which_of_greedy_answers(config, monkeypatch):
-    """Greedily the student says the second reference, at random one word three times, with its EOS in the last place."""
+    """Greedily the student says the second reference, whose white space does not count, at random one word three times, with its EOS in the last place."""
     student, _, tokenizer = common.load_pair(config(teacher="none"), torch.device("cpu"))
     ids = lambda text: tokenizer(text).input_ids + [tokenizer.eos_token_id]
     cfg = config(teacher="none", max_response=len(ids("sad sad sad")))
-    examples = [common.Example(ids("x"), ids("x"), [], {"prompt": "x", "response": "a cat", "references": ["a cat", "a dog"]})] * 2
+    examples = [common.Example(ids("x"), ids("x"), [], {"prompt": "x", "response": "a cat", "references": ["a cat", " a  dog\n"]})] * 2
     said = {0.0: "a dog", 1.0: "sad sad sad"}
     monkeypatch.setattr(common, "answer_examples", lambda model, examples, tokenizer, cfg, temperature=1.0, *_:
                         [dataclasses.replace(e, response=ids(said[temperature])) for e in examples])
     m = common.make_evaluator(cfg, None, tokenizer, examples)(student)
     assert m["exact_match_greedy"] == 1 and m["exact_match"] == 0
     assert m["rouge_l_greedy"] == pytest.approx(1) and m["rouge_l"] == 0
-    assert m["distinct_1"] == 1 / 6 and m["length"] == len(ids("sad sad sad")) and m["no_end"] == 0
+    assert m["distinct_1"] == 1 / 6 and m["distinct_2"] == 1 / 4 and m["length"] == len(ids("sad sad sad")) and m["no_end"] == 0
 
 
 def test_mode_distance_is_the_total_variation_of_the_shares_of_wordings(config, monkeypatch):

@@ -516,6 +516,37 @@ def test_a_text_is_asked_for_again_with_other_noise_and_with_the_settings_of_sam
     assert all(s == dict(temperature=0.4, top_k=7, top_p=0.6) for s in settings)
 
 
+def test_the_two_prompts_of_a_round_have_noise_of_their_own():
+    names = []
+
+    class Llm:
+        asked, kept = 0, 0
+
+        def __call__(self, prompts, call, **settings):
+            names.append(str(call))
+            return ["the actor was rather slow here"]
+    for opening, t in (("plain", 0), ("ood", 0), ("plain", 1)):
+        gold.write_samples(Llm(), common.load_task("reviews"), [], [{"label": "negative"}], opening, t, set(), gold.Config())
+    assert len(set(names)) == 3
+
+
+def test_the_llms_own_score_is_with_all_real_samples_in_its_prompt(gold_config, monkeypatch):
+    """Else the student would be compared with an LLM that knows less of the task than the one that wrote."""
+    shown, real, picked = [], gold.build_prompt, gold.pick_shots
+    monkeypatch.setattr(gold, "build_prompt", lambda task, wording, shots, *a: shown.append((wording is gold.SOLVE, shots)) or real(task, wording, shots, *a))
+    monkeypatch.setattr(gold, "pick_shots", lambda *a: shown.append(picked(*a)) or shown[-1])
+    gold.train(gold_config(steps=0, budget=8))
+    chosen = shown[0]
+    assert len(chosen) == 3 and [shots for solve, shots in shown[1:] if solve] == [chosen] * 20
+
+
+def test_as_many_samples_are_fed_back_as_are_asked_for(gold_config):
+    for most in (1, 3):
+        cfg = gold_config(steps=0, budget=40, round_size=20, feedback=most, out=gold_config().out + str(most))
+        gold.train(cfg)
+        assert sum(json.loads(line)["fed"] for line in open(f"{cfg.out}/samples.jsonl")) == most
+
+
 def test_the_student_gets_as_many_samples_as_the_budget_says_the_first_ones(gold_config, monkeypatch):
     """A round that goes beyond it is cut: budgets are what methods are compared at."""
     given, real = [], gold.train_student

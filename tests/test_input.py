@@ -189,6 +189,15 @@ def test_responses_end_with_eos_unless_they_were_cut(config, tmp_path):
         assert e.response == whole[:12] + [tokenizer.eos_token_id] * (len(whole) < 12) and tokenizer.eos_token_id not in whole
 
 
+def test_a_response_that_just_fits_is_not_counted_as_cut(config):
+    student, _, tokenizer = common.load_pair(config(teacher="none"), torch.device("cpu"))
+    row = {"prompt": "the cat", "response": "the dog sat"}
+    n = len(tokenizer(row["response"]).input_ids) + 1  # with EOS
+    for longest, cut in ((n, 0), (n - 1, 1)):
+        encode = common.row_encoder(config(max_response=longest), student, None, tokenizer)
+        assert len(encode(row).response) == longest and encode.cut == cut
+
+
 def test_responses_empty_cut_or_absent(config, tmp_path, capsys):
     words = "the cat sat on the mat " * 9
     rows = [{"prompt": f"{i} cats", "response": ["ok then", "", words, None][i % 4]} for i in range(120)]
