@@ -406,6 +406,7 @@ def test_a_run_reports_gaps_and_follows_them(cfg):
     assert result["after.worst_gap"] == max(result[f"after.gap_{n}"] for n in names)
     assert result["after.mean_gap"] == pytest.approx(sum(result[f"after.gap_{n}"] for n in names) / 3, abs=1e-5)
     assert result["after.ppl_big"] == pytest.approx(result["teacher.ppl_big"] * result["after.gap_big"], rel=1e-4)
+    assert result["after.mean_ce"] == pytest.approx(sum(math.log(result[f"after.ppl_{n}"]) for n in names) / 3, abs=1e-5)
     log = {x["step"]: x["valid"] for x in records(c, "valid")}
     gaps = lambda step: vector(*(log[step][f"gap_{n}"] for n in names))
     r, spent = ddk.prior(gaps(0)), []
@@ -417,6 +418,12 @@ def test_a_run_reports_gaps_and_follows_them(cfg):
     assert natural[0] > natural[1] > natural[2]  # interval 0 is natural, r_0 is never drawn from
     average = (2 * natural + 2 * vector(*spent).view(3, 3).sum(0)) / 8
     assert close(average, [result[f"after.share_{n}"] for n in names], 1e-5)
+
+
+def test_the_curve_has_a_point_at_every_look_and_every_evaluation(cfg):
+    c = cfg(steps=8, interval=3, eval_every=2)
+    ddk.train(c)
+    assert [x["step"] for x in records(c, "valid")] == [0, 2, 3, 4, 6, 8]
 
 
 def drawn(monkeypatch, c):

@@ -152,6 +152,9 @@ SPELL = "--max-prompt 32 --max-response 32 --eval-every 10000 --eval-rows 1000"
 TAUGHT = f"--teacher out/pronounce/runs/teacher/student {SPELL}"
 
 
+LATER = ("sft", "kd-teacher", "greedy", "reverse", "llmr")  # from the KD student only these
+
+
 def pronounce(start):
     """{row: as above}: pronunciation, from the student that the run `start` of SPOKEN made. It is the same for every
     seed: seeds differ in the order of the rows and in what is sampled."""
@@ -171,6 +174,8 @@ def pronounce(start):
         "seqkd-4x": (f"kd_forward.py {long} --responses teacher --alpha 0", []),
         "greedy-4x": (f"-m tests.controls.seqkd_greedy {long}", ["greedy"]),
     }
+    if start == "kd":
+        rows = {row: (command, [c for c in controls if c in LATER]) for row, (command, controls) in rows.items() if row in LATER}
     named = lambda row: f"{row}-from-{start}"
     return {named(row): (command, [named(c) for c in controls], 3) for row, (command, controls) in rows.items()}
 
@@ -525,14 +530,15 @@ def table(records, name):
     for row in present:
         of = [records[row, s]["result"] for s in seeds_of(records, row)]
         cost = [f"{min(r['seconds'] for r in of):.0f}", f"{mean_sd([r['peak_gib'] for r in of])[0]:.2f}"]
-        lines.append(f"| {row} | `{shown_command(records, row)}` | {len(of)} | {' | '.join(show(row, 'after') + cost)} |")
+        shown = shown_command(records, row).replace(TAUGHT, "$TAUGHT")
+        lines.append(f"| {row} | `{shown}` | {len(of)} | {' | '.join(show(row, 'after') + cost)} |")
     made = sorted({f"{key} {r[key]}" for r in here for key in ("python", "torch", "transformers")})
     made += sorted({f"{r['threads']} threads" for r in here if "threads" in r})
     commits = sorted({r["commit"] for r in here})
     lines += ["", "N is the seed. A command without --seed also gets `--seed N`, and `--data tiny:N` if it names no data. "
               f"Seconds: the least of the seeds. {', '.join(made)}; commits {', '.join(commits)}."]
     if name.startswith("pronounce"):
-        lines.append(f"Made before: `{SPOKEN}`.")
+        lines.append(f"TAUGHT is `{TAUGHT}`. Made before: `{SPOKEN}`.")
     for world in dict.fromkeys(w for row in present for w in worlds(row)):
         lines.append(f"Made before: `{WORLDS[world].replace('{seed}', 'N')}`.")
     if old := sum(r.get("code") != code(r["row"]) for r in here):
