@@ -138,7 +138,8 @@ def test_the_teacher_is_measured_on_its_own_template(config):
 
 
 def test_which_numbers_are_of_samples_and_which_of_greedy_answers(config, monkeypatch):
-    """Greedily the student says the second reference, whose white space does not count, at random one word three times, with its EOS in the last place."""
+    """Greedily the student says the second reference, whose white space does not count; at random one word three times,
+    with its EOS in the last place."""
     student, _, tokenizer = common.load_pair(config(teacher="none"), torch.device("cpu"))
     ids = lambda text: tokenizer(text).input_ids + [tokenizer.eos_token_id]
     cfg = config(teacher="none", max_response=len(ids("sad sad sad")))

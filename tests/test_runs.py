@@ -97,7 +97,7 @@ def test_every_optimizer_decays_weights_by_the_share_that_is_set_and_averages_as
 OWN = {  # script: settings of its method and optimization with another value, and what else has to be set for it to matter
     "kd_forward": [dict(alpha=0.5), dict(tau=2.0), dict(responses="teacher"), dict(alpha=0.0)],
     "llmr": [dict(value="mean"), dict(value="lse"), dict(baseline="value"), dict(baseline="mean"), dict(sync=2)],
-    "dpkd": [dict(negatives="frozen"), dict(negatives="epoch"), dict(beta=0.1), dict(length_norm=True), dict(preference=0.0, anchor=0.5),
+    "dpkd": [dict(negatives="frozen"), dict(negatives="epoch"), dict(beta=0.1), dict(length_norm=True), dict(preference=0.3, anchor=0.5),
              dict(anchor=0.5), dict(lm_coef=0.5, corpus="CORPUS")],
     "gold": [dict(round_size=8), dict(ood=False), dict(select="top"), dict(select="random"), dict(select="none"), dict(temperature=1.5),
              dict(top_k=0), dict(top_p=0.5), dict(retrain=3), dict(passes=2), dict(scorer_lr=0.1), dict(alpha=0.5), dict(beta=0.1),
@@ -106,7 +106,8 @@ OWN = {  # script: settings of its method and optimization with another value, a
             dict(alpha=0.9), dict(gamma=0.0), dict(gamma=2.0), dict(tau=2.0, gamma=2.0), dict(gap_rows=2), dict(domain_tokens=400), dict(max_tokens=8)],
 }
 ALL = [dict(batch_size=4), dict(lr=2e-3), dict(warmup=4), dict(weight_decay=0.9), dict(clip=1e-3), dict(seed=1)]
-BASES = {"feedback": dict(round_size=16, budget=96), "tau": dict(gamma=2.0)}  # what a setting is compared with, if not the default
+BASES = {  # what a setting is compared with, where that is not the default
+    ("gold", "feedback"): dict(round_size=16, budget=96), ("ddk", "tau"): dict(gamma=2.0), ("dpkd", "preference"): dict(anchor=0.5)}
 
 
 @pytest.mark.slow
@@ -122,8 +123,7 @@ def test_every_setting_of_a_method_and_of_its_optimization_changes_what_is_learn
     large = {"batch_size": 96} if name == "ddk" else {}  # shares that differ a little draw differently
     known, tried = {}, set()
     for i, settings in enumerate([*OWN[name], *ALL]):
-        first = next(iter(settings))
-        base = BASES.get(first, {}) if name in ("gold", "ddk") else {}
+        base = BASES.get((name, next(iter(settings))), {})
         if str(base) not in known:
             known[str(base)] = weights(f"base{i}", base)
         new, old = weights(i, settings), known[str(base)]

