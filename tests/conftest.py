@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import random
@@ -29,6 +30,7 @@ from transformers import (
 import common
 
 torch.set_num_threads(1)  # steps this small are many times slower on two threads
+inspect.getsource = functools.cache(inspect.getsource)  # parse_args reads common.py with it: .1 s a command line
 WORDS = "the a cat dog bird sat ran on under mat tree house red blue green and then it was very happy sad !".split()
 
 
@@ -69,16 +71,18 @@ KINDS = ["gpt2", "llama", "qwen2", "opt", "t5", "t5-scaled"]
 
 
 def make_pair(kind, root):
-    """Save a tiny teacher and student -> (teacher directory, student directory); Qwen2's heads differ in size."""
-    tokenizer = small_tokenizer(kind.startswith("t5"))
+    """Save a tiny teacher and student -> (teacher directory, student directory); Qwen2's heads differ in size. Of kind
+    t5<gpt2 the student is a T5 and its teacher a GPT-2."""
+    tokenizer = small_tokenizer("t5" in kind)
     for name, size, seed in (("teacher", 32, 1), ("student", 16, 2)):
         torch.manual_seed(seed)
-        vocab = len(tokenizer) + (24 if kind == "qwen2" and name == "teacher" else 8)
-        config = small_config(kind, size, vocab)
+        own = kind.split("<")[-1 if name == "teacher" else 0]
+        vocab = len(tokenizer) + (24 if own == "qwen2" and name == "teacher" else 8)
+        config = small_config(own, size, vocab)
         auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
         model = auto.from_config(config)
         for p in model.parameters():  # such small initial weights give nearly uniform distributions
-            p.data.mul_(3.0) if p.dim() > 1 and not kind.startswith("t5") else None
+            p.data.mul_(3.0) if p.dim() > 1 and not own.startswith("t5") else None
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return root / "teacher", root / "student"

@@ -67,8 +67,8 @@ def test_every_width_of_both_models_is_one_compiled_graph(pair, kind, counter):
     assert counter.calls == 2 * 2 * len(widths)    # and none runs outside of what was compiled
 
 
-@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow),
-                                  pytest.param("qwen2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
 def test_training_makes_no_mask_and_is_causal(pair, kind, counter):
     for model in models(pair, kind):
         plain, compiled = common.response_states(model), common.response_states(model, compiled=True)
@@ -200,7 +200,8 @@ class Syncs(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("script, most", [("kd_forward", 0), ("ddk", 16), ("dpkd", 40), ("llmr", 40)])
+@pytest.mark.parametrize("script, most", [("kd_forward", 0), ("ddk", 16), pytest.param("dpkd", 40, marks=pytest.mark.slow),
+                                          ("llmr", 40)])
 def test_a_step_that_is_not_logged_reads_few_numbers_back(script, most, pair, any_root, tmp_path, monkeypatch):
     """In ddk they are the draws of 8 sequences, which are on the CPU anyway; in dpkd and llmr the sampler looks for rows
     that are done, here at every token and on a GPU at every sixteenth. (GPT-2's forward looks for padding: one more.)"""

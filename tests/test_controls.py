@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 import common
 from tests.controls import dpkd_token, gold_noise, gold_padded, llmr_release, reverse_kl, seqkd_greedy, seqkd_smooth
 
+pytestmark = pytest.mark.slow  # rivals, not the five files: they run in CI beside the quick tests
 CPU = torch.device("cpu")
 EOS = 0
 PARENTS = {  # control: the file that it is a copy of, and how many of its lines behind the docstring are its own

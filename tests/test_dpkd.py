@@ -189,7 +189,7 @@ def records(cfg, key):
     return [r for r in map(json.loads, open(f"{cfg.out}/log.jsonl")) if key in r]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def test_whole_run(dpkd_config, kind):
     cfg = dpkd_config(kind, anchor=0.5, steps=16, lr=3e-3, max_response=24)
     result = dpkd.train(cfg)

@@ -1,4 +1,4 @@
-"""A quick part of tests/evidence/fuzz.py: 200 hostile inputs, each ends in success or in one sentence."""
+"""A quick part of tests/evidence/fuzz.py: 100 hostile inputs, each of which ends in success or in one sentence."""
 from evidence import fuzz
 
 

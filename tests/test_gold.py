@@ -410,7 +410,7 @@ def test_resume_ends_bitwise_like_an_uninterrupted_run(gold_config, resumes_bitw
     assert a["samples"] == b["samples"] and a["samples"]["all"]
 
 
-@pytest.mark.parametrize("save_every, saved", [(3, True), (1000, False)])
+@pytest.mark.parametrize("save_every, saved", [(3, True), pytest.param(1000, False, marks=pytest.mark.slow)])
 def test_a_run_killed_while_samples_are_written_asks_for_no_text_twice(gold_config, monkeypatch, capsys, save_every, saved):
     """From a checkpoint between two rounds, and without any: then the rounds are replayed from the file."""
     whole, cut = (gold_config(save_every=save_every, out=gold_config().out + n) for n in ("whole", "cut"))

