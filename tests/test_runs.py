@@ -195,6 +195,21 @@ def test_the_samples_that_a_run_shows_are_the_students_to_validation_prompts(nam
     assert [e.row["prompt"] for e in examples[:2]] == [r["prompt"] for r in rows["valid"][:2]]
 
 
+def test_what_is_logged_is_shown_on_the_screen_and_how_long_it_will_take(config, capsys):
+    kd_forward.train(config(steps=4, eval_every=2))
+    out = capsys.readouterr().out
+    lines = [json.loads(x) for x in open(f"{config().out}/log.jsonl")]
+    assert len(lines) == 4 + 3
+    for r in lines:
+        head = f"step {r['step']:5d}/4  "
+        assert (head + f"validation: kl_pq {r['valid']['kl_pq']:.3f}" if "valid" in r else head + f"loss {r['loss']:.4f}  ce {r['ce']:.4f}") in out
+    run = common.Run(config(steps=6, out=f"{config().out}-2"), kd_forward.__file__)
+    run.start()
+    run.t0 -= 10  # two of six steps took ten seconds
+    run.log(2, loss=1.0)
+    assert "  20 s left" in capsys.readouterr().out
+
+
 def test_the_seconds_go_on_over_a_second_resumption(config):
     """A checkpoint keeps all seconds so far, those before its own resumption too."""
     cfg = config()
