@@ -1,4 +1,5 @@
 """ddk.py against its equations, the data path from documents to draws, and whole runs with teachers that are exact."""
+import itertools
 import json
 import math
 import random
@@ -105,6 +106,23 @@ def test_shares_are_finite_where_the_exponential_of_a_gap_is_not():
     for _ in range(3):
         starved = ddk.mixture(starved, vector(1, 2000, 1), 1.0)
     assert close(starved.exp(), [0, 1, 0])  # and come back
+
+
+def test_the_worst_gap_is_the_largest_whatever_domain_is_the_hardest():
+    student, teacher = torch.tensor([5.0, 1.0]).double(), torch.tensor([4.9, 0.2]).double()
+    m = ddk.metrics(["a", "b"], student, teacher, torch.tensor([0.3, 0.7]))
+    gaps = math.exp(0.1), math.exp(0.8)
+    wanted = {"worst_gap": gaps[1], "mean_gap": sum(gaps) / 2, "gap_a": gaps[0], "gap_b": gaps[1], "mean_ce": 3.0,
+              "ppl_a": math.exp(5), "ppl_b": math.e, "share_a": 0.3, "share_b": 0.7}
+    assert m == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("mix, wanted", [("ddk", 3), ("uniform", 0)])
+def test_the_seconds_of_gaps_are_those_of_gaps_that_steer(cfg, monkeypatch, mix, wanted):
+    """Not of those that only the curve asks for. Here a look at the clock takes a second: the two around a measurement."""
+    clock = itertools.count()
+    monkeypatch.setattr(common.Run, "elapsed", lambda self: float(next(clock)))
+    assert ddk.train(cfg(mix=mix, steps=6, interval=3, eval_every=1, log_every=100))["gap_seconds"] == wanted
 
 
 def test_a_gap_beyond_the_largest_number_gives_finite_shares():

@@ -173,7 +173,7 @@ def run(patch, script, cfg, steps=1):
             at, eos = 1 + (5 * i + 3 * is_teacher(model)) % (max_new - 1), kwargs["eos"]
             if i % 3 and at < len(y):
                 responses[i] = y[:at] + [eos]
-                if len(prompts) == TRAIN:  # nobody looks at log-probs of evaluations
+                if len(prompts) in (TRAIN, TRAIN // 2):  # nobody looks at log-probs of evaluations
                     with torch.no_grad():
                         logps[i] = torch.cat([logps[i][:at], logprobs(model, getattr(model, "vocab", None), x, responses[i])[at:]])
         found.samples.append(SimpleNamespace(teacher=is_teacher(model), prompts=[list(p) for p in prompts], responses=responses,
@@ -207,6 +207,12 @@ def answers(found, teacher, prompts, least=1):
     return calls
 
 
+def first_of_log(cfg, *keys):
+    """What was logged of step 0: it is there once step 1 has begun."""
+    line = next(line for line in map(json.loads, open(f"{cfg.out}/log.jsonl")) if "loss" in line)
+    return [line[key] for key in keys]
+
+
 def error(got, loss, model):
     """Relative error of a gradient: |got - wanted| / |wanted|, all parameters together."""
     parameters = list(model.parameters())
@@ -229,7 +235,7 @@ def config(splits, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind, settings", [
     ("gpt2", dict()),
-    ("gpt2", dict(alpha=0.0, accum=3)),
+    ("gpt2", dict(alpha=0.0, accum=TRAIN)),
     ("llama", dict(alpha=0.5, tau=2.0, accum=2, teacher_template=TWO_VIEWS)),
     ("qwen2", dict(alpha=0.5, responses="teacher", accum=2)),
     ("t5", dict(tau=2.0, accum=2, teacher_template=TWO_VIEWS)),
@@ -237,7 +243,7 @@ def config(splits, tmp_path):
     ("t5<gpt2", dict(alpha=0.5, accum=2)), ("gpt2<t5", dict(responses="teacher", teacher_template=TWO_VIEWS))])
 def test_kd_steps_with_the_gradient_of_its_equation(config, still, monkeypatch, kind, settings):
     cfg = config(kd_forward, still(kind), **settings)
-    found = run(monkeypatch, kd_forward, cfg)
+    found = run(monkeypatch, kd_forward, cfg, steps=2)
     student, teacher, V = models(cfg)
     rows = rows_of(cfg, "train")
     if cfg.responses == "teacher":
@@ -252,6 +258,7 @@ def test_kd_steps_with_the_gradient_of_its_equation(config, still, monkeypatch, 
             kl = (logp.exp() * (logp - logq)).sum()
             loss, n = loss + (1 - cfg.alpha) * ce + cfg.alpha * cfg.tau**2 * kl, n + 1
     assert error(found.steps[0].gradient, loss / n, student) < 2e-5
+    assert first_of_log(cfg, "loss", "tokens") == pytest.approx([loss.item() / n, n], rel=1e-4)
 
 
 def test_teacher_answers_differ_between_seeds_and_come_again_with_the_seed(config, still, monkeypatch, tmp_path):
@@ -340,14 +347,18 @@ def llmr_loss(cfg, found, step=0):
 
 @pytest.mark.parametrize("kind, value, baseline, settings", [
     ("gpt2", "max", "none", dict()), ("gpt2", "lse", "mean", dict(accum=2)), ("llama", "mean", "none", dict(accum=3)),
-    ("llama", "max", "value", dict(teacher_template=TWO_VIEWS)), ("qwen2", "max", "mean", dict(accum=3)), ("qwen2", "lse", "value", dict(accum=2)),
+    ("llama", "max", "value", dict(teacher_template=TWO_VIEWS)), ("qwen2", "max", "mean", dict(accum=TRAIN)), ("qwen2", "lse", "value", dict(accum=2)),
     ("t5", "lse", "none", dict()), ("t5", "mean", "value", dict(accum=2)), ("t5", "mean", "mean", dict(accum=3, teacher_template=TWO_VIEWS)),
     ("t5<gpt2", "max", "value", dict(accum=2)), ("gpt2<t5", "lse", "none", dict(teacher_template=TWO_VIEWS))])
 def test_llmr_steps_with_the_gradient_of_its_equations(config, pair, monkeypatch, kind, value, baseline, settings):
     cfg = config(llmr, pair(kind), value=value, baseline=baseline, **settings)
-    found = run(monkeypatch, llmr, cfg)
+    found = run(monkeypatch, llmr, cfg, steps=2)
     loss, student = llmr_loss(cfg, found)
     assert error(found.steps[0].gradient, loss, student) < 2e-5
+    drawn, V = answers(found, False, [own for own, _, _ in rows_of(cfg, "train")])[0], models(cfg)[2]
+    n = sum(len(y) for y, _ in drawn.values())
+    nll = -sum(logprobs(student, V, list(x), y).sum().item() for x, (y, _) in drawn.items()) / n
+    assert first_of_log(cfg, "loss", "nll", "tokens", "length") == pytest.approx([loss.item(), nll, n, n / TRAIN], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind, settings", [("gpt2", dict(baseline="mean", accum=2)), ("t5", dict(baseline="value", teacher_template=TWO_VIEWS))])
@@ -368,6 +379,15 @@ def test_llmr_trains_on_prompts_of_the_train_split_only_and_on_all_of_them(confi
         read = [tuple(line) for tokens in step.seen for line in tokens.tolist()]
         assert len(read) == TRAIN and all(any(line[:len(x)] == x for x in prompts) for line in read)
         assert all(any(line[:len(x)] == x for line in read) for x in prompts)
+
+
+@pytest.mark.parametrize("sync", [1, 2])
+def test_llmr_asks_other_prompts_and_draws_other_noise_at_every_step(config, pair, monkeypatch, sync):
+    cfg = config(llmr, pair("gpt2"), sync=sync, batch_size=TRAIN // 2)
+    found = run(monkeypatch, llmr, cfg, steps=2)
+    calls = [s for s in found.samples if not s.teacher and s.temperature == 1][-2:]
+    assert sorted(calls[0].prompts + calls[1].prompts) == sorted(own for own, _, _ in rows_of(cfg, "train"))
+    assert calls[0].seed != calls[1].seed
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -398,7 +418,7 @@ def dpkd_loss(cfg, found, step, y_s_of):
 
 
 @pytest.mark.parametrize("kind, settings", [
-    ("gpt2", dict(beta=1.0, length_norm=True, accum=3)),
+    ("gpt2", dict(beta=1.0, length_norm=True, accum=TRAIN)),
     ("llama", dict(beta=0.05, accum=2, teacher_template=TWO_VIEWS)), ("llama", dict(preference=0.0, anchor=0.5)),
     ("qwen2", dict(beta=0.5, length_norm=True, anchor=0.5, accum=2)),
     ("t5", dict(beta=0.1, anchor=0.5, accum=3, teacher_template=TWO_VIEWS)),
@@ -406,9 +426,10 @@ def dpkd_loss(cfg, found, step, y_s_of):
     ("t5<gpt2", dict(beta=0.1, anchor=0.5, accum=2)), ("gpt2<t5", dict(beta=0.1, teacher_template=TWO_VIEWS))])
 def test_dpkd_steps_with_the_gradient_of_its_equations(config, pair, monkeypatch, kind, settings):
     cfg = config(dpkd, pair(kind), **settings)
-    found = run(monkeypatch, dpkd, cfg)
+    found = run(monkeypatch, dpkd, cfg, steps=2)
     loss, student = dpkd_loss(cfg, found, 0, 0)
     assert error(found.steps[0].gradient, loss, student) < 2e-5
+    assert first_of_log(cfg, "loss") == pytest.approx([loss.item()], rel=1e-4)
     prompts = sorted(x for x, _, _ in rows_of(cfg, "train"))
     drawn = [s for s in found.samples if not s.teacher and sorted(s.prompts) == prompts]
     assert bool(drawn) == (cfg.preference > 0), "y_s is drawn where it is used and nowhere else"
@@ -417,7 +438,7 @@ def test_dpkd_steps_with_the_gradient_of_its_equations(config, pair, monkeypatch
 @pytest.mark.parametrize("negatives", ["online", "epoch", "frozen"])
 def test_dpkd_compares_with_own_texts_of_the_step_the_epoch_or_the_start(config, pair, monkeypatch, negatives):
     """An epoch is a step here; log q is that of the student as it is now, whenever y_s was drawn."""
-    cfg = config(dpkd, pair("gpt2"), negatives=negatives, beta=0.1, anchor=0.5, lr=0.02)
+    cfg = config(dpkd, pair("gpt2"), negatives=negatives, beta=0.1, anchor=0.5, lr=0.02, accum=2)
     found = run(monkeypatch, dpkd, cfg, steps=3)
     for step in (1, 2):
         loss, student = dpkd_loss(cfg, found, step, 0 if negatives == "frozen" else step)
@@ -433,6 +454,19 @@ def test_the_noise_of_y_s_is_never_that_of_y_t_nor_of_another_step(config, pair,
         seeds = {by: [s.seed for s in found.samples if s.teacher == by and sorted(s.prompts) == prompts] for by in (True, False)}
         assert len(seeds[True]) == 1 and len(seeds[False]) == 2
         assert len({*seeds[True], *seeds[False]}) == 3, seeds
+
+
+def test_dpkd_reads_all_of_its_corpus_one_step_after_the_other(config, pair, monkeypatch, tmp_path):
+    rng = random.Random(4)
+    (tmp_path / "text.txt").write_text(" ".join(rng.choices(WORDS, k=40)))
+    cfg = config(dpkd, pair("gpt2"), preference=0.0, anchor=0.5, lm_coef=0.5, corpus=str(tmp_path / "text.txt"), batch_size=2)
+    tokenizer = loaded(cfg.student)[1]
+    tokens = tokenizer((tmp_path / "text.txt").read_text(), add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    blocks = [tuple(tokens[i:i + LONGEST]) for i in range(0, len(tokens), LONGEST)]
+    assert len(blocks) > 6
+    found = run(monkeypatch, dpkd, cfg, steps=math.ceil(len(blocks) / 2))
+    read = [tuple(line[1:]) for step in found.steps for line in read_by(step) if line[0] == tokenizer.eos_token_id]
+    assert all(any(line[:len(b)] == b for line in read) for b in blocks)
 
 
 def test_fresh_pairs_come_from_validation_prompts(config, pair, monkeypatch):
@@ -488,8 +522,8 @@ def write_and_train(pair, root, steps, **settings):
 
 @pytest.fixture(scope="module")
 def written(pair, tmp_path_factory):
-    """The steps of the scorer before rounds 1 and 2, then the first one of the final student."""
-    return write_and_train(pair, tmp_path_factory.mktemp("gold"), 3)
+    """The steps of the scorer before rounds 1 and 2, then the first ones of the final student."""
+    return write_and_train(pair, tmp_path_factory.mktemp("gold"), 4)
 
 
 def answers_of(cfg, samples):
@@ -542,7 +576,7 @@ def test_the_scorer_trains_by_plain_ce_on_all_samples_so_far(written, training):
 
 
 def test_the_scorer_goes_on_between_trainings_with_its_weights_and_its_optimizer(written):
-    first, second, final = written.found.steps
+    first, second, final, _ = written.found.steps
     start = [p.detach().float() for p in plain(written.cfg.student).parameters()]
     assert same(first.weights, start) and not same(first.after, start)
     assert same(second.weights, first.after)
@@ -554,8 +588,11 @@ def test_gold_trains_a_fresh_student_by_sce_on_all_samples_with_the_gradient_of_
     assert same(step.weights, [p.detach().float() for p in plain(cfg.student).parameters()])  # not the scorer's
     q = plain(cfg.student)
     sce = lambda ce: cfg.alpha * ce + cfg.beta * -math.log(1e-4) * (1 - (-ce).exp())
-    loss = ce_loss(cfg, q, [s for c in written.calls for s in c.made], sce)
+    made = [s for c in written.calls for s in c.made]
+    loss = ce_loss(cfg, q, made, sce)
     assert error(step.gradient, loss, q) < 2e-5
+    n = sum(len(y) for _, y in answers_of(cfg, made))
+    assert first_of_log(cfg, "loss", "ce", "tokens") == pytest.approx([loss.item(), ce_loss(cfg, q, made).item(), n], rel=1e-4)
 
 
 def test_samples_of_the_ood_prompt_are_trained_on_as_well(written):
@@ -603,22 +640,26 @@ def read_by(step):
     return [line for tokens in step.seen for line in tokens.tolist()]
 
 
-@pytest.mark.parametrize("kind, settings", [("llama", dict(gamma=0.0)), ("llama", dict(gamma=0.2, accum=4)),
+@pytest.mark.parametrize("kind, settings", [("llama", dict(gamma=0.0)), ("llama", dict(gamma=0.2, accum=12)),
                                             ("qwen2", dict(gamma=0.2, tau=2.0, accum=2))])
 def test_ddk_steps_with_the_gradient_of_its_equation_on_what_the_mixture_drew(ddk_config, monkeypatch, kind, settings):
     cfg = ddk_config(kind, **settings)
-    found = run(monkeypatch, ddk, cfg)
+    found = run(monkeypatch, ddk, cfg, steps=2)
     student, teacher, V = models(cfg)
     batch, train = read_by(found.steps[0]), [s for part in packed(cfg, "train").values() for s in part]
     assert len(batch) == 12 and all(s in train for s in batch)
     assert len(set(map(tuple, batch))) == 12  # a domain goes through all of its sequences before one comes again
-    loss = 0.0
+    loss, all_ce, all_kl = 0.0, 0.0, 0.0
     for s in batch:  # every token but the first is predicted
         f, g = scores(student, V, s[:1], s[1:]), scores(teacher, V, s[:1], s[1:]).detach()
         for t, token in enumerate(s[1:]):
             logp, logq = (g[t] / cfg.tau).log_softmax(-1), (f[t] / cfg.tau).log_softmax(-1)
-            loss = loss - f[t].log_softmax(-1)[token] + cfg.gamma * (logp.exp() * (logp - logq)).sum()
-    assert error(found.steps[0].gradient, loss / (12 * 15), student) < 2e-5
+            ce, kl = -f[t].log_softmax(-1)[token], (logp.exp() * (logp - logq)).sum()
+            loss, all_ce, all_kl = loss + ce + cfg.gamma * kl, all_ce + ce.item(), all_kl + kl.item()
+    n = 12 * 15
+    assert error(found.steps[0].gradient, loss / n, student) < 2e-5
+    wanted = [loss.item() / n, all_ce / n, all_kl / n if cfg.gamma else 0.0, n]
+    assert first_of_log(cfg, "loss", "ce", "kl", "tokens") == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_mixture_is_steered_by_validation_sequences_and_never_by_test_ones(ddk_config, monkeypatch):

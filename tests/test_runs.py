@@ -82,6 +82,7 @@ def test_the_optimizer_steps_with_that_learning_rate(name, any_root, tmp_path, m
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: seen.append(self.param_groups[0]["lr"]) or step(self, *a, **k))
     importlib.import_module(name).train(cfg)
     assert seen[-3:] == [common.lr_at(i, cfg) for i in range(3)]
+    assert [r["lr"] for r in map(json.loads, open(f"{cfg.out}/log.jsonl")) if "lr" in r] == seen[-3:]
 
 
 @pytest.mark.parametrize("name", METHODS)
