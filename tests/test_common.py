@@ -78,6 +78,8 @@ def test_batches_are_a_function_of_the_step_and_cover_an_epoch(pair, config):
 def test_the_order_of_the_data_is_another_for_another_seed(config):
     orders = [[common.step_indices(10, step, config(batch_size=4, seed=seed)) for step in range(5)] for seed in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
+    epochs = [common.step_indices(10, epoch, config(batch_size=10, seed=seed)) for seed in range(4) for epoch in range(4)]
+    assert len(set(map(tuple, epochs))) == 16  # epoch 1 of seed 0 is not epoch 0 of seed 1
 
 
 def test_at_most_eight_widths_when_compiled(pair, config):

@@ -150,6 +150,9 @@ def test_which_numbers_are_of_samples_and_which_of_greedy_answers(config, monkey
     m = common.make_evaluator(cfg, None, tokenizer, examples)(student)
     assert m["exact_match_greedy"] == 1 and m["exact_match"] == 0
     assert m["rouge_l_greedy"] == pytest.approx(1) and m["rouge_l"] == 0
+    x, y = ids("x"), ids(said[1.0])
+    logq = student(torch.tensor([x + y])).logits[0, len(x) - 1:-1].log_softmax(-1)
+    assert m["entropy"] == pytest.approx(-(logq.exp() * logq).sum().item(), rel=1e-4)
     assert m["distinct_1"] == 1 / 6 and m["distinct_2"] == 1 / 4 and m["length"] == len(ids("sad sad sad")) and m["no_end"] == 0
 
 

@@ -189,13 +189,17 @@ def test_responses_end_with_eos_unless_they_were_cut(config, tmp_path):
         assert e.response == whole[:12] + [tokenizer.eos_token_id] * (len(whole) < 12) and tokenizer.eos_token_id not in whole
 
 
-def test_a_response_that_just_fits_is_not_counted_as_cut(config):
+def test_a_prompt_or_response_that_just_fits_is_not_counted_as_cut(config):
     student, _, tokenizer = common.load_pair(config(teacher="none"), torch.device("cpu"))
     row = {"prompt": "the cat", "response": "the dog sat"}
     n = len(tokenizer(row["response"]).input_ids) + 1  # with EOS
     for longest, cut in ((n, 0), (n - 1, 1)):
         encode = common.row_encoder(config(max_response=longest), student, None, tokenizer)
         assert len(encode(row).response) == longest and encode.cut == cut
+    n = len(encode(row).prompt)
+    for longest, cut in ((n, 0), (n - 1, 1)):
+        encode = common.row_encoder(config(max_prompt=longest), student, None, tokenizer)
+        assert len(encode(row).prompt) == longest and encode.cut_prompts == cut
 
 
 def test_responses_empty_cut_or_absent(config, tmp_path, capsys):

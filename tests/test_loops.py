@@ -258,7 +258,8 @@ def test_kd_steps_with_the_gradient_of_its_equation(config, still, monkeypatch, 
             kl = (logp.exp() * (logp - logq)).sum()
             loss, n = loss + (1 - cfg.alpha) * ce + cfg.alpha * cfg.tau**2 * kl, n + 1
     assert error(found.steps[0].gradient, loss / n, student) < 2e-5
-    assert first_of_log(cfg, "loss", "tokens") == pytest.approx([loss.item() / n, n], rel=1e-4)
+    wanted = [loss.item() / n, n, found.steps[0].gradient.norm().item()]
+    assert first_of_log(cfg, "loss", "tokens", "grad_norm") == pytest.approx(wanted, rel=1e-4)
 
 
 def test_teacher_answers_differ_between_seeds_and_come_again_with_the_seed(config, still, monkeypatch, tmp_path):
@@ -358,7 +359,13 @@ def test_llmr_steps_with_the_gradient_of_its_equations(config, pair, monkeypatch
     drawn, V = answers(found, False, [own for own, _, _ in rows_of(cfg, "train")])[0], models(cfg)[2]
     n = sum(len(y) for y, _ in drawn.values())
     nll = -sum(logprobs(student, V, list(x), y).sum().item() for x, (y, _) in drawn.items()) / n
-    assert first_of_log(cfg, "loss", "nll", "tokens", "length") == pytest.approx([loss.item(), nll, n, n / TRAIN], rel=1e-4)
+    wanted = {"loss": loss.item(), "nll": nll, "tokens": n, "length": n / TRAIN, "grad_norm": found.steps[0].gradient.norm().item()}
+    teacher, eos = models(cfg)[1], loaded(cfg.student)[1].eos_token_id
+    wanted["no_end"] = sum(y[-1] != eos for y, _ in drawn.values()) / TRAIN
+    below = lambda f, y: sum((f[t, token] - f[t].max()).item() for t, token in enumerate(y))
+    wanted["advantage"] = sum(below(scores(teacher, V, theirs, drawn[tuple(own)][0]), drawn[tuple(own)][0])
+                              for own, theirs, _ in rows_of(cfg, "train")) / TRAIN
+    assert first_of_log(cfg, *wanted) == pytest.approx(list(wanted.values()), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind, settings", [("gpt2", dict(baseline="mean", accum=2)), ("t5", dict(baseline="value", teacher_template=TWO_VIEWS))])
@@ -394,14 +401,15 @@ def test_llmr_asks_other_prompts_and_draws_other_noise_at_every_step(config, pai
 # dpkd.py
 # ---------------------------------------------------------------------------------------------------------------
 def dpkd_loss(cfg, found, step, y_s_of):
-    """Eq. 8 or 9 and the anchor on the pairs of a step, y_s those drawn for the `y_s_of`-th time -> (loss, student)."""
+    """Eq. 8 or 9 and the anchor on the pairs of a step, y_s those drawn for the `y_s_of`-th time -> (loss, student, what
+    the log is to say)."""
     student, teacher, V = models(cfg, found.steps[step].weights)
     rows = rows_of(cfg, "train")
     best = answers(found, True, [z for _, z, _ in rows])[0]
     own = {tuple(x): best[tuple(z)] for x, z, _ in rows}  # --preference 0 draws no y_s: any will do
     if cfg.preference:
         own = answers(found, False, [x for x, _, _ in rows], y_s_of + 1)[y_s_of]
-    preference, ce, tokens, lengths = 0.0, 0.0, 0, []
+    preference, ce, tokens, lengths, pairs, eos = 0.0, 0.0, 0, [], [], loaded(cfg.student)[1].eos_token_id
     for x, z, _ in rows:
         y_t, y_s = best[tuple(z)][0], own[tuple(x)][0]
         logq_t, logq_s = sum(logprobs(student, V, x, y_t)), sum(logprobs(student, V, x, y_s))
@@ -413,8 +421,12 @@ def dpkd_loss(cfg, found, step, y_s_of):
         assert abs(margin.item()) < 20  # else the sigmoid is 0 or 1 and hides the margin
         preference, ce, tokens = preference + (1 + (-margin).exp()).log(), ce - logq_t, tokens + len(y_t)
         lengths.append((len(y_t), len(y_s)))
+        pairs.append([margin.item(), -logq_t.item(), -logq_s.item(), y_t == y_s, y_s[-1] != eos])
     assert not cfg.preference or sum(t != s for t, s in lengths) >= 3  # else |y_t| and |y_s| could be mixed up
-    return cfg.preference * preference / len(rows) + cfg.anchor * ce / tokens, student
+    loss = cfg.preference * preference / len(rows) + cfg.anchor * ce / tokens
+    said = dict(zip(("margin", "nll_t", "nll_s", "same", "no_end"), (sum(x) / len(rows) for x in zip(*pairs))))
+    said = {"preference": preference.item() / len(rows), **said} if cfg.preference else {"nll_t": said["nll_t"]}
+    return loss, student, {"loss": loss.item(), "ce": ce.item() / tokens, "tokens": tokens, **said}
 
 
 @pytest.mark.parametrize("kind, settings", [
@@ -427,9 +439,10 @@ def dpkd_loss(cfg, found, step, y_s_of):
 def test_dpkd_steps_with_the_gradient_of_its_equations(config, pair, monkeypatch, kind, settings):
     cfg = config(dpkd, pair(kind), **settings)
     found = run(monkeypatch, dpkd, cfg, steps=2)
-    loss, student = dpkd_loss(cfg, found, 0, 0)
+    loss, student, said = dpkd_loss(cfg, found, 0, 0)
     assert error(found.steps[0].gradient, loss, student) < 2e-5
-    assert first_of_log(cfg, "loss") == pytest.approx([loss.item()], rel=1e-4)
+    said["grad_norm"] = found.steps[0].gradient.norm().item()
+    assert first_of_log(cfg, *said) == pytest.approx(list(said.values()), rel=1e-4)
     prompts = sorted(x for x, _, _ in rows_of(cfg, "train"))
     drawn = [s for s in found.samples if not s.teacher and sorted(s.prompts) == prompts]
     assert bool(drawn) == (cfg.preference > 0), "y_s is drawn where it is used and nowhere else"
@@ -441,7 +454,7 @@ def test_dpkd_compares_with_own_texts_of_the_step_the_epoch_or_the_start(config,
     cfg = config(dpkd, pair("gpt2"), negatives=negatives, beta=0.1, anchor=0.5, lr=0.02, accum=2)
     found = run(monkeypatch, dpkd, cfg, steps=3)
     for step in (1, 2):
-        loss, student = dpkd_loss(cfg, found, step, 0 if negatives == "frozen" else step)
+        loss, student, _ = dpkd_loss(cfg, found, step, 0 if negatives == "frozen" else step)
         assert error(found.steps[step].gradient, loss, student) < 2e-5, step
 
 
