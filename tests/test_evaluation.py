@@ -168,13 +168,13 @@ def test_mode_distance_is_the_total_variation_of_the_shares_of_wordings(config, 
         assert truth.metrics(student, "student", 1.0, teacher)["mode_distance"] == pytest.approx(wanted, abs=1e-6)
 
 
-def test_the_teachers_shares_are_those_under_its_own_template(config):
+def test_the_mass_of_right_answers_and_its_shares_by_enumeration_each_model_on_its_own_template(config):
     """Through the evaluator: the probability of each right answer, one after the other, on unpadded tokens."""
     cfg = config("llama", teacher_template="Sort: {prompt} =")
     student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
     encode = common.row_encoder(cfg, student, teacher, tokenizer)
     rows = [{"prompt": prompt, "response": None, "references": ["a cat", "dog"], "probs": [.5, .5]} for prompt in ("x the cat", "y", "x a dog")]
-    shares = []
+    shares, masses = [], []
     for model in (student, teacher):
         mass = []
         for e in map(encode, rows):
@@ -182,12 +182,17 @@ def test_the_teachers_shares_are_those_under_its_own_template(config):
             answers = [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in e.row["references"]]
             logp = [model(torch.tensor([prompt + y])).logits[0, len(prompt) - 1:-1].log_softmax(-1) for y in answers]
             mass.append([lp[range(len(y)), y].sum().exp().item() for lp, y in zip(logp, answers)])
+        masses.append([sum(m) for m in mass])
         kinds = [[a + b for a, b in zip(mass[0], mass[2])], mass[1]]  # x and y
         shares.append([m[0] / sum(m) for m in kinds])
     wanted = sum(abs(a - b) for a, b in zip(*shares)) / 2  # of two wordings: half of twice the difference; mean of two kinds
     evaluate = common.make_evaluator(cfg, teacher, tokenizer, [encode(row) for row in rows])
     assert evaluate(student)["mode_distance"] == pytest.approx(wanted, rel=1e-4) and wanted > 1e-3
     assert evaluate(teacher)["mode_distance"] < 1e-6
+    for model, (x, y, also_x) in zip((student, teacher), masses):
+        m = evaluate(model)
+        by_hand = [(x + also_x) / 2, y, (x + y + also_x) / 3]
+        assert [m["valid_x"], m["valid_y"], m["valid_mass"]] == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_dropout_plays_no_part_in_what_is_measured(config):

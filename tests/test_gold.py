@@ -159,6 +159,7 @@ def test_scores():
     score = lambda name, text, *right: common.score(common.load_task(name), text, {"references": list(right)})
     assert score("rte", " entailment", "entailment") == 1 and score("rte", "not_entailment", "entailment") == 0
     assert score("squad", "b", "a", "b") == 1 and score("svamp", "1 + 3", "( 3.0 + 1.0 )") == 1 and score("svamp", "?", "3 + 1") == 0
+    assert score("svamp", "1 + 2", "3 + 1") == 0 and score("svamp", "7 / 2", "3") == 0 and score("svamp", "1 / 3 * 3", "1") == 1
     assert 0 < score("nl4opt", "maximise x", "maximise x + y") < 1
 
 
@@ -225,13 +226,16 @@ def test_a_task_file_and_a_t5_student_with_its_own_tokenizer(gold_config, tmp_pa
     assert common.load_model(f"{cfg.out}/student", CPU).config.is_encoder_decoder
 
 
-def test_a_chat_model_gets_the_task_in_the_users_turn_and_goes_on_from_a_forced_beginning(tmp_path):
+def test_a_chat_model_gets_the_task_in_the_users_turn_and_goes_on_from_a_forced_beginning(tmp_path, monkeypatch):
     _, student = make_pair("llama", tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(student)
     tokenizer.chat_template = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}<a>"
     llm = common.LLM(common.load_model(student, CPU), tokenizer, tmp_path / "w.jsonl", 500, 4, 0)
     ids = llm.tokens("the cat sat", "on the mat")
     assert tokenizer.decode(ids) == "<u>the cat sat</u><a>on the mat"
+    ends = [[5, 6, tokenizer.eos_token_id]]
+    monkeypatch.setattr(common, "sample", lambda *a, **k: (ends, None))
+    assert llm([("a cat", "")], "x") == [tokenizer.decode(ends[0][:2])]  # what ends a text is no part of it
     with pytest.raises(common.BadInput, match="leave room for 20"):
         common.LLM(common.load_model(student, CPU), tokenizer, tmp_path / "w.jsonl", 20, 4, 0).tokens("the cat " * 9, "on")
 
@@ -458,6 +462,16 @@ def test_bad_tasks_are_told_in_a_sentence(gold_config, tmp_path, change, match):
     (tmp_path / "t.json").write_text(json.dumps({k: v for k, v in entry.items() if v is not None}))
     with pytest.raises(common.BadInput, match=match):
         gold.train(gold_config(task=str(tmp_path / "t.json")))
+
+
+def test_the_number_of_a_class_counts_from_0():
+    task = common.load_task("reviews")
+    read, words = common.sample_reader(task), list(task["labels"])
+    label = lambda value: read({"text": "a good film", "label": value}, "f:1", None)["response"]
+    assert [label(0), label("1"), label(words[1])] == [words[0], words[1], words[1]]
+    for value in (len(words), -1, str(len(words)), "maybe", None, [0]):
+        with pytest.raises(common.BadInput, match="f:1: unknown label"):
+            label(value)
 
 
 def test_what_the_llm_answers_is_read_leniently():
