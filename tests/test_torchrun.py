@@ -80,7 +80,8 @@ def test_two_processes_train_what_one_does(settings, tmp_path_factory, monkeypat
         assert difference > 1e-4 if "no-reduction" in name else difference < 1e-5, (name, difference)
         if "no-reduction" not in name:  # the logged sums count every process
             last = [json.loads((x / "log.jsonl").read_text().splitlines()[-2]) for x in (one, two)]
-            assert last[0]["loss"] == pytest.approx(last[1]["loss"], rel=1e-4), name
+            last = [{k: v for k, v in line.items() if k != "seconds"} for line in last]
+            assert "loss" in last[0] and last[0] == pytest.approx(last[1], rel=1e-3, abs=1e-5), name
 
 
 def test_a_signal_stops_all_and_one_process_goes_on(settings, tmp_path):
