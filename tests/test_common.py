@@ -249,7 +249,8 @@ def test_user_text_never_becomes_a_control_token(pair):
 
 def test_chat_template_is_used_where_there_is_one(pair):
     model, tokenizer = load(pair, "gpt2")
-    tokenizer.chat_template = "{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}\n{% endfor %}bot:"
+    tokenizer.chat_template = ("{% for m in messages %}<|endoftext|>{{ m.role }}: {{ m.content }}\n{% endfor %}"
+                               "{% if add_generation_prompt %}bot:{% endif %}")
     ids = common.prompt_encoder(tokenizer, "auto", model, 64)("the <|endoftext|> cat")
     assert tokenizer.decode(ids) == "<|endoftext|>user: the <|endoftext|> cat\nbot:" and ids.count(tokenizer.eos_token_id) == 1
     plain = common.prompt_encoder(tokenizer, "Q: {prompt} A:", model, 64)("the cat")
@@ -322,6 +323,16 @@ def test_every_seed_step_and_process_has_noise_of_its_own(pair, monkeypatch):
     model, _ = load(pair, "gpt2")
     drawn = [common.sample(model, [[3, 4]] * 4, 8, seed=common.noise_seed(seed, step), eos=0)[0] for seed, step in ((0, 0), (1, 0), (0, 1))]
     assert drawn[0] != drawn[1] and drawn[0] != drawn[2]
+
+
+def test_answers_to_one_template_never_meet_another(pair, config):
+    teacher, tokenizer = load(pair, "llama", 0)
+    cfg, answered = config("llama", max_response=8), []
+    for ids in ([5, 6], [7, 8]):  # the student reads the same prompt, the teacher another one
+        part = [Example(e.prompt, ids + e.prompt, []) for e in examples(20)]
+        answered.append([e.response for e in common.teacher_answers(teacher, part, tokenizer, cfg)])
+        assert answered[-1] == [e.response for e in common.answer_examples(teacher, part, tokenizer, cfg, seed=cfg.seed, role="teacher")]
+    assert answered[0] != answered[1]
 
 
 def test_answers_from_a_cut_vocabulary_never_meet_a_whole_one(pair, config, capsys):

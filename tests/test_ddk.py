@@ -392,6 +392,14 @@ def test_the_text_of_a_row_may_have_another_name(tmp_path, cfg):
     refused(r"c\.jsonl:2: no field 'text' \(there: content\): name it with --text-field", read, "text")
 
 
+def test_another_field_is_packed_anew(tmp_path, cfg):
+    rows = [{"text": f"cat {i} " * 20, "body": f"dog {i} " * 20} for i in range(60)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    tokenizer = small_tokenizer()
+    text = lambda name: tokenizer.decode(common.pack("c", str(tmp_path / "c.jsonl"), tokenizer, cfg(text_field=name))[0]["train"][0].tolist())
+    assert "cat" in text("text") and "dog" in text("body")
+
+
 def test_a_limit_on_tokens_is_kept(cfg):
     student, teacher, tokenizer = common.load_pair(c := cfg(domain_tokens=200), CPU)
     data = common.load_domains(c, student, teacher, tokenizer)

@@ -15,6 +15,7 @@ GOLDEN = [  # candidate, references, ROUGE-L F1 of rouge-score (best reference, 
     ("Hello", ["hello world, it's me"], 0.333333),
     ("the trip of ada : to oslo on monday", ["the trip of ada : to oslo on monday , soup to eat"], 0.842105),
     ("don't stop-believing &quot;now&quot;", ["do not stop believing \"now\""], 0.5),
+    ("Naïve café noir", ["naive café_noir of Zoë"], 0.444444),
 ]
 
 
@@ -126,7 +127,7 @@ def test_ce_is_a_mean_over_tokens(config):
     assert common.make_evaluator(cfg, None, tokenizer, data.test)(student)["ce"] == pytest.approx(total / n, rel=1e-4)
 
 
-def test_the_teacher_is_measured_on_its_own_template(config):
+def test_the_teacher_is_measured_on_its_own_template(config, monkeypatch):
     """Its row is what a student is compared with: on another prompt it would look worse than it is."""
     cfg = config("llama", teacher_template="Sort: {prompt} =")
     student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
@@ -134,7 +135,11 @@ def test_the_teacher_is_measured_on_its_own_template(config):
     for e in test:
         logp = teacher(torch.tensor([e.teacher_prompt + e.response])).logits[0, len(e.teacher_prompt) - 1:-1].log_softmax(-1)
         total, n = total - logp[range(len(e.response)), e.response].sum().item(), n + len(e.response)
-    assert common.make_evaluator(cfg, teacher, tokenizer, test)(teacher)["ce"] == pytest.approx(total / n, rel=1e-4)
+    evaluate, answer, roles = common.make_evaluator(cfg, teacher, tokenizer, test), common.answer_examples, []
+    monkeypatch.setattr(common, "answer_examples", lambda *a: roles.append((a[0] is teacher, *a[6:])) or answer(*a))
+    assert evaluate(teacher)["ce"] == pytest.approx(total / n, rel=1e-4)
+    evaluate(student)
+    assert set(roles) == {(True, "teacher"), (False, "student")}  # samples and greedy answers
 
 
 def test_which_numbers_are_of_samples_and_which_of_greedy_answers(config, monkeypatch):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, SMALL_GOLD, make_gold_world, make_pair, outcome, prepare, small_run
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -100,8 +101,8 @@ def test_prompt_of_a_task_with_answers():
     assert asked.endswith("\n\nSample 1:\nBody: Ann has 3 figs and eats 1.\nQuestion: How many are left?\nEquation: ( 3.0 - 1.0 )\n\n"
                           "Write one more sample of this task, new and complete, in the same form, and nothing after it.\n\n")
     assert begun == "Here is a new sample.\n\nBody:" and rest == "{Body}\nQuestion: {Question}\nEquation: {label}"
-    got = common.parse_sample("Bo had 5.\nQuestion: And now?\nEquation: 5 + 1", rest, ["\n\n"])
-    assert got == {"Body": "Bo had 5.", "Question": "And now?", "label": "5 + 1"}
+    got = common.parse_sample("Bo had 5.\nHe ate 2.\nQuestion: And now?\nEquation: 5 + 1", rest, ["\n\n"])
+    assert got == {"Body": "Bo had 5.\nHe ate 2.", "Question": "And now?", "label": "5 + 1"}
 
 
 @pytest.mark.parametrize("text", ["", "only a body", "Bo. Equation: 5", "\n\nSample 2:", "Question: what? Equation: 1"])
@@ -133,7 +134,7 @@ def test_every_entry_renders_parses_and_reads_its_columns():
 # ---------------------------------------------------------------------------------------------------------------
 # Filters and scores
 # ---------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("text, value", [("12 - 5", 7), ("( 8.0 - 3.0 ) * 2", 10), ("x = 7 / 2", 3.5), ("3 + 4 = 7", 7), ("-2+1", -1)])
+@pytest.mark.parametrize("text, value", [("12 - 5", 7), ("( 8.0 - 3.0 ) * 2", 10), ("x = 7 / 2", 3.5), ("3 + 4 = 8", 7), ("-2+1", -1)])
 def test_equations_have_values(text, value):
     assert common.value_of(text) == pytest.approx(value)
 
@@ -238,6 +239,16 @@ def test_a_chat_model_gets_the_task_in_the_users_turn_and_goes_on_from_a_forced_
     assert llm([("a cat", "")], "x") == [tokenizer.decode(ends[0][:2])]  # what ends a text is no part of it
     with pytest.raises(common.BadInput, match="leave room for 20"):
         common.LLM(common.load_model(student, CPU), tokenizer, tmp_path / "w.jsonl", 20, 4, 0).tokens("the cat " * 9, "on")
+
+
+def test_a_base_model_reads_what_is_asked_and_begun_in_one_and_nothing_between(tmp_path):
+    """No line break of ours, and no second begin-of-sequence token."""
+    _, student = make_pair("llama", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    llm = common.LLM(common.load_model(student, CPU), tokenizer, tmp_path / "w.jsonl", 500, 4, 0)
+    ids = llm.tokens("the cat", " sat on")
+    assert ids[0] == 0 and 0 not in ids[1:] and tokenizer.decode(ids[1:]) == "the cat sat on"
 
 
 def test_batched_generation_equals_one_at_a_time_at_temperature_0(world, tmp_path, monkeypatch):

@@ -280,7 +280,9 @@ def test_directories_are_never_overwritten_by_accident(config, tmp_path, capsys)
     refused("other settings .alpha was 1.0, is 0.5.", kd_forward.train, config(steps=2, alpha=0.5))
     Path(cfg.out, "result.json").unlink()
     refused("unfinished run: --resume", kd_forward.train, cfg)
-    refused("other settings", kd_forward.train, config(steps=2, lr=0.5, resume=True))
+    for other in (dict(lr=0.5), dict(seed=1), dict(dtype="bfloat16")):  # auto was fp32 here: settings.json says so
+        refused("other settings", kd_forward.train, config(**{"steps": 2, "resume": True, **other}))
+    assert json.loads(Path(cfg.out, "settings.json").read_text())["dtype"] == "torch.float32"
     assert kd_forward.train(config(steps=2, alpha=0.5, overwrite=True))["steps"] == 2
     foreign = tmp_path / "mine"
     foreign.mkdir()

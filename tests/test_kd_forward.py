@@ -147,8 +147,9 @@ def test_sft_needs_no_teacher_and_seqkd_trains_on_teacher_text(config, tmp_path,
     assert "the teacher answers" in capsys.readouterr().out
     kd_forward.train(config(responses="teacher", out=str(tmp_path / "kd")))
     assert "the teacher answers" not in capsys.readouterr().out  # drawn once, cached
-    with pytest.raises(common.BadInput, match="needs a teacher"):
-        kd_forward.train(config(teacher="none", out=str(tmp_path / "x")))
+    for needs in (dict(), dict(alpha=0.0, responses="teacher")):
+        with pytest.raises(common.BadInput, match="needs a teacher"):
+            kd_forward.train(config(teacher="none", out=str(tmp_path / "x"), **needs))
 
 
 def test_the_teacher_answers_every_training_prompt_also_those_without_a_response(config, tmp_path, monkeypatch):
@@ -177,6 +178,8 @@ def test_a_bf16_checkpoint_trains_in_fp32(config, pair, tmp_path):
 
 
 def test_bf16_compute_stays_close(config):
+    student, teacher, _ = common.load_pair(config("llama", dtype="bfloat16"), CPU)
+    assert (student.dtype, teacher.dtype) == (torch.float32, torch.bfloat16)
     a = kd_forward.train(config("llama", steps=2))
     b = kd_forward.train(config("llama", steps=2, dtype="bfloat16", out=config().out + "16"))
     assert b["after.kl_pq"] == pytest.approx(a["after.kl_pq"], rel=0.15)

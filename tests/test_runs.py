@@ -222,6 +222,22 @@ def test_the_seconds_go_on_over_a_second_resumption(config):
     assert 300 <= run.elapsed() < 310
 
 
+def test_runs_of_other_settings_have_other_directories_however_long_their_names(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    of = lambda **settings: common.Run(kd_forward.Config(teacher="t" * 90, **settings), kd_forward.__file__).dir
+    assert len({of(), of(seed=1), of(seed=2), of(seed=1, alpha=0.5)}) == 4 and of(seed=1) == of(seed=1, compile=True)
+    assert len(of(seed=1).name) < 100
+
+
+def test_who_asks_twice_to_stop_is_not_kept_waiting(config):
+    """The first signal is for after the step: which may take minutes."""
+    run = common.Run(config(), kd_forward.__file__)
+    run._on_signal(2, None)
+    with pytest.raises(SystemExit) as left:
+        run._on_signal(2, None)
+    assert left.value.code == 130
+
+
 def test_the_headline_that_moved_most_is_named():
     before, after = {"kl_pq": 4.0, "rouge_l": 0.2, "length": 1.0}, {"kl_pq": 1.0, "rouge_l": 0.1, "length": 900.0}
     assert common.moved_most(before, after) == "moved most: kl_pq, 4.000 -> 1.000"  # by 3/4 of it; length is no headline
@@ -333,11 +349,13 @@ def test_a_tiny_world_is_made_once_and_its_parts_when_they_are_asked_for(program
     assert not list(made.parent.glob("building-*"))
 
 
-def test_other_numbers_kinds_and_programs_are_other_worlds(program):
+def test_other_numbers_kinds_programs_and_grammars_are_other_worlds(program):
     made = [common.tiny_world(*which) for which in (("w", 0), ("w", 1), ("w:sums", 0))]
     program.write_text(PROGRAM + "# changed\n")  # a changed world never meets an old teacher
     made.append(common.tiny_world("w", 0))
-    assert len(set(made)) == 4
+    (program.parent / "grammar.json").write_text("{}")
+    made.append(common.tiny_world("w", 0))
+    assert len(set(made)) == 5
 
 
 def test_a_program_that_fails_leaves_no_half_of_a_world(program):
