@@ -271,6 +271,13 @@ def test_a_config_without_weights_starts_the_student_at_random(config, pair, tmp
     assert "holds no weights" in capsys.readouterr().out and results[0]["after.kl_pq"] == results[1]["after.kl_pq"]
 
 
+def test_a_step_is_split_among_processes_and_micro_batches(config, monkeypatch):
+    common.check_settings(config(batch_size=8, accum=8))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    common.check_settings(config(batch_size=16, accum=8))
+    refused("a multiple of --accum 8 times 2 processes", common.check_settings, config(batch_size=8, accum=8))
+
+
 def test_directories_are_never_overwritten_by_accident(config, tmp_path, capsys):
     cfg = config(steps=2)
     first = kd_forward.train(cfg)
