@@ -617,6 +617,7 @@ def refused(match, function, *args):
     (dict(max_tokens=128), "--max-tokens 128 does not fit the student's context of 64"),
     (dict(teacher="none"), "--gamma 0.2 with --mix ddk needs a teacher"),
     (dict(teacher="none", gamma=0.0), "--mix ddk needs a teacher"),
+    (dict(teacher="none", mix="uniform"), "--gamma 0.2 with --mix uniform needs a teacher"),
     (dict(mix="big=.5,mid=.5"), "0 or more, together 1, are wanted for big, mid, small"),
     (dict(mix="big=.5,mid=.4,small=.4"), "together 1"), (dict(mix="big=.5,mid=nan,small=.5"), "together 1"),
     (dict(mix="big=1.5,mid=-.5,small=0"), "0 or more"), (dict(mix="big=.5,mid=.5,small=0,huge=0"), "are wanted for big, mid, small"),

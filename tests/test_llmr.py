@@ -435,7 +435,7 @@ def test_bad_input_is_told_in_a_sentence(llmr_config, settings, match):
         llmr.train(llmr_config(**settings))
 
 
-def test_an_end_in_the_last_place_that_is_allowed_is_an_end(llmr_config, monkeypatch):
+def test_an_end_in_the_last_place_that_is_allowed_is_an_end(llmr_config, monkeypatch, capsys):
     """It is as long as a response that was cut: `no_end` asks for the EOS, not for the length."""
     def sample(model, prompts, *args, eos, **kwargs):
         responses = [[5, 5 if i % 4 == 0 else eos] for i in range(len(prompts))]
@@ -444,6 +444,7 @@ def test_an_end_in_the_last_place_that_is_allowed_is_an_end(llmr_config, monkeyp
     cfg = llmr_config(max_response=2)
     llmr.train(cfg)
     assert {json.loads(x)["no_end"] for x in open(f"{cfg.out}/log.jsonl") if "loss" in x} == {0.25}
+    assert "none of the samples ends" not in capsys.readouterr().out
 
 
 def test_truncated_samples_are_kept_by_default_and_an_exploding_loss_stops_the_run(llmr_config, monkeypatch, tmp_path, capsys):

@@ -715,14 +715,17 @@ def logged(out, key):
 
 
 @pytest.mark.parametrize("script", [kd_forward, llmr, dpkd])
-def test_the_curve_is_of_validation_rows_and_the_table_of_test_rows(config, still, monkeypatch, script):
+def test_the_curve_is_the_students_on_validation_rows_and_the_table_is_of_test_rows(config, still, monkeypatch, script):
     """On whichever rows choices are made, the final numbers must be of others."""
     split = lambda examples: {"va": 1.0, "te": 2.0}[examples[0].row["prompt"][:2]]
-    monkeypatch.setattr(common, "make_evaluator", lambda cfg, teacher, tokenizer, examples: lambda model: {"kl_pq": split(examples)})
+    monkeypatch.setattr(common, "make_evaluator", lambda cfg, teacher, tokenizer, examples: lambda model: {
+        "kl_pq": split(examples), "ce": float(is_teacher(model))})
     cfg = config(script, still("gpt2"), steps=2, eval_every=1)
     result = script.train(cfg)
     assert [m["kl_pq"] for m in logged(cfg.out, "valid")] == [1.0, 1.0, 1.0]
     assert {result[f"{who}.kl_pq"] for who in ("teacher", "before", "after")} == {2.0}
+    assert [m["ce"] for m in logged(cfg.out, "valid")] == [0.0, 0.0, 0.0]
+    assert [result[f"{who}.ce"] for who in ("teacher", "before", "after")] == [1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("script, keys", [(kd_forward, ("loss", "ce", "kl")), (llmr, ("loss", "nll")), (dpkd, ("loss", "margin", "nll_t", "nll_s"))])
