@@ -483,7 +483,7 @@ def test_a_fixed_mixture_is_what_it_says(cfg, tmp_path):
     assert close([result[f"after.share_{n}"] for n in names], [.5, .3, .2], 1e-6)
 
 
-@pytest.mark.parametrize("mix", ["ddk", "no-smoothing", "uniform"])
+@pytest.mark.parametrize("mix", ["ddk", *(pytest.param(mix, marks=pytest.mark.slow) for mix in ("no-smoothing", "uniform"))])
 def test_a_resumed_run_ends_bit_by_bit_where_it_would_have_ended(cfg, mix, resumes_bitwise):
     """The checkpoint lies inside an interval, and inside a domain's epoch."""
     resumes_bitwise(ddk.train, cfg(mix=mix, steps=9, save_every=5), died=7)

@@ -182,8 +182,9 @@ def gold_config(world, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("kind, settings", [("reviews", dict()), ("sums", dict(select="top", accum=2, budget=16)),
-                                            ("reviews", dict(ood=False, alpha=1.0, beta=0.0))])
+@pytest.mark.parametrize("kind, settings", [
+    ("reviews", dict()), pytest.param("sums", dict(select="top", accum=2, budget=16), marks=pytest.mark.slow),
+    pytest.param("reviews", dict(ood=False, alpha=1.0, beta=0.0), marks=pytest.mark.slow)])
 def test_whole_run_ends_with_a_student_that_loads_and_answers(gold_config, kind, settings):
     cfg = gold_config(kind, **settings)
     result = gold.train(cfg)
