@@ -229,6 +229,16 @@ def test_runs_of_other_settings_have_other_directories_however_long_their_names(
     assert len(of(seed=1).name) < 100
 
 
+def test_every_process_has_dropout_of_its_own(config, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(common.dist, "barrier", lambda: None)
+    for rank in (0, 1):
+        monkeypatch.setattr(common, "processes", lambda rank=rank: (rank, 2))
+        common.Run(config(seed=3, out=f"{config().out}-{rank}"), kd_forward.__file__).start()
+        seeds.append(torch.initial_seed())
+    assert seeds == [3, 4]
+
+
 def test_who_asks_twice_to_stop_is_not_kept_waiting(config):
     """The first signal is for after the step: which may take minutes."""
     run = common.Run(config(), kd_forward.__file__)
