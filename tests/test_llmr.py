@@ -349,27 +349,6 @@ def test_the_loop_weights_by_the_samplers_own_logprobs_and_draws_by_seed_and_ste
         assert torch.allclose(logq, logb, atol=1e-4) == (settings == {} or step % 2 == 0), step
 
 
-def test_the_logged_advantage_is_a_sum_over_a_response_and_nll_a_mean_over_tokens(llmr_config, some_end, monkeypatch):
-    """Numbers to compare with the teacher's entropy, say: in nats, whatever the lengths, which differ."""
-    cfg, drawn, real = llmr_config("llama", steps=1, accum=2), [], common.sample
-
-    def sample(model, prompts, *a, **k):
-        out = real(model, prompts, *a, **k)
-        drawn.extend(zip(prompts, out[0]) if len(prompts) == 8 else [])
-        return out
-    monkeypatch.setattr(common, "sample", sample)
-    llmr.train(cfg)
-    student, teacher, _ = common.load_pair(cfg, CPU)
-    nll, advantage, n = 0.0, 0.0, sum(len(y) for _, y in drawn)
-    for x, y in drawn:
-        logq, logp = (m(torch.tensor([x + y])).logits[0, len(x) - 1:-1].log_softmax(-1) for m in (student, teacher))
-        nll -= logq[range(len(y)), y].sum().item()
-        advantage += (logp[range(len(y)), y] - logp.amax(-1)).sum().item()
-    logged = next(r for r in map(json.loads, open(f"{cfg.out}/log.jsonl")) if "loss" in r)
-    assert len(drawn) == 8 and len({len(y) for _, y in drawn}) > 1
-    assert [logged[k] for k in ("nll", "advantage", "length")] == pytest.approx([nll / n, advantage / 8, n / 8], rel=1e-4)
-
-
 def test_prompts_without_a_response_are_trained_on(llmr_config, tmp_path):
     rows = [json.loads(x) for x in open(llmr_config().data)]
     file = tmp_path / "prompts.jsonl"

@@ -173,7 +173,7 @@ def run(patch, script, cfg, steps=1):
             at, eos = 1 + (5 * i + 3 * is_teacher(model)) % (max_new - 1), kwargs["eos"]
             if i % 3 and at < len(y):
                 responses[i] = y[:at] + [eos]
-                if len(prompts) in (TRAIN, TRAIN // 2):  # nobody looks at log-probs of evaluations
+                if len(prompts) in (TRAIN, TRAIN // 2):  # a step's batch; nobody looks at log-probs of other calls
                     with torch.no_grad():
                         logps[i] = torch.cat([logps[i][:at], logprobs(model, getattr(model, "vocab", None), x, responses[i])[at:]])
         found.samples.append(SimpleNamespace(teacher=is_teacher(model), prompts=[list(p) for p in prompts], responses=responses,
