@@ -42,7 +42,7 @@ since a mixture only moves effort around. The training loss says little: it chan
     python ddk.py                                       DDK on six small domains
     python ddk.py --mix uniform                         the same steps, every domain equally often
     python ddk.py --mix natural                         in proportion to the corpus: plain KD
-    python ddk.py --mix no-smoothing                    r = softmax(rho) in every interval, without a floor
+    python ddk.py --mix no-smoothing                    r = softmax(rho) from interval 1 on, without a floor
     python ddk.py --mix code=.4,prose=.3,log=.1,json=.1,csv=.05,noise=.05      any fixed mixture
     python ddk.py --gamma 0                             the mixture without distillation
     python ddk.py --domains notes=notes.txt,code=src    your own files and folders, with the tiny models
@@ -116,7 +116,7 @@ def distill_loss(student_logits, teacher_logits, targets, gamma, tau):
     """Eq. 3 of each row, with its two terms. (R,V), (R,V) or None, (R,) -> three (R,)."""
     logq = F.log_softmax(student_logits, -1)       # (R,V)
     ce = -logq.gather(-1, targets[:, None])[:, 0]  # (R,)
-    if teacher_logits is None:  # gamma = 0 needs no teacher
+    if teacher_logits is None:  # gamma = 0 needs no teacher; KL is not measured then, and logged as 0
         return ce, ce, torch.zeros_like(ce)
     if tau != 1:  # at tau = 1 this would cost a pass over (R,V) and change nothing
         logq = F.log_softmax(student_logits / tau, -1)

@@ -6,7 +6,7 @@ https://arxiv.org/abs/2406.19774; official code: https://github.com/microsoft/LM
 p is the teacher, q the student, x a prompt; y_t is a response sampled from the teacher, y_s one from the
 student (t and s are names here, not positions). EOS, the end-of-sequence token, is part of a response.
 
-Stage 1, a reward. Let r(x,y) be any. The q that maximises E_q[r(x,y)] - beta KL(q||p) is
+Stage 1, a reward. Take any r(x,y). The q that maximises E_q[r(x,y)] - beta KL(q||p) is
 
     q*(y|x) = p(y|x) exp(r/beta) / Z(x),     where Z(x) makes it sum to 1; solved for the reward:
     r = beta log q*(y|x)/p(y|x) + beta log Z(x)                                         Eq. 2-5
@@ -55,7 +55,7 @@ y_t = y_s, which give no gradient; `no_end` is the share of y_s that were cut be
 
     python dpkd.py                                              fresh y_s at every step
     python dpkd.py --anchor 0.5                                 with CE on the teacher's responses beside it
-    python dpkd.py --preference 0 --anchor 1                    the anchor alone: SeqKD, and no y_s is drawn
+    python dpkd.py --preference 0 --anchor 1                    the anchor alone: SeqKD, trained on no y_s
     python dpkd.py --length-norm --beta 2                       Eq. 9
     python dpkd.py --negatives frozen --beta 0.1                collapses; an anchor halts that
     python dpkd.py --teacher gpt2-xl --student gpt2 --data dolly.jsonl --corpus books.txt --lm-coef 0.5 \
@@ -76,7 +76,7 @@ class Config(common.Settings):
     negatives: str = "online"        # when y_s is drawn: online, each step; epoch, each epoch; frozen, once
     beta: float = 0.5                # strength of stage 1's KL; --length-norm needs several times as much
     length_norm: bool = False        # divide rho(y) by |y|, as in Eq. 9
-    preference: float = 1.0          # weight of L; 0: no y_s is drawn
+    preference: float = 1.0          # weight of L; at 0 no y_s is drawn to train on
     anchor: float = 0.0              # weight of CE on the teacher's responses, mean over tokens
     lm_coef: float = 0.0             # weight of CE on --corpus, the paper's lambda
     corpus: str = ""                 # running text: .txt (blank line: next document), .jsonl, folder, hub
@@ -120,7 +120,7 @@ def fixed_logprobs(model, examples, cfg, role):
 
 
 class StudentAnswers(dict):
-    """{example: (y_s, log p(y_s|x))}. In the checkpoint, for the weights that drew old ones are gone."""
+    """{example: (y_s, log p(y_s|x))}. It is part of a checkpoint: the weights that drew old y_s are gone."""
     state_dict = dict.copy         # the two methods that a checkpoint asks for
     load_state_dict = dict.update
 

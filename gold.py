@@ -10,16 +10,17 @@ classification, its labels. Round t asks for b training samples X_t, then for b 
 different. Of V_t the strange ones, yet not the strangest, are the feedback F_t: the next round, if its
 number is even, shows them to the LLM, so that it writes more like them.
 
-    X_t = p(task + real samples + F_{t-1})                    F in even rounds only                      (1)
+    X_t = p(task + real samples + F_{t-1})                    F in even rounds only, in (2), too         (1)
     V_t = p(task + real samples + F_{t-1} + X_t[:2] + "different from all above")                        (2)
     E(x,y) = - mean_j log sum_v exp f_v(x, y_<j)              energy; f_v: the scorer's logit of token v (3)
     F_t = the samples of V_t with rank floor(.5 b) to floor(.8 b) - 1 by energy, counted from 0          (4)
 
 For classification the label is drawn first and the LLM writes a text for it; else it writes text and answer
 together. All of X_t and V_t go to the data set. The scorer f is a copy of the student, trained on what
-there is every few rounds: its energy is high where it has seen little. At the end a fresh student q learns
-y from x on the whole budget, by symmetric cross entropy. Its second term is bounded, and its gradient goes
-with q_y: a label that the student finds unlikely, as wrong ones are, gets hardly any of it.
+there is every few rounds (up to round --retrain it is the student as given): its energy is high where it
+has seen little. At the end a fresh student q learns y from x on the whole budget, by symmetric cross
+entropy. Its second term is bounded, and its gradient goes with q_y: a label that the student finds
+unlikely, as wrong ones are, gets hardly any of it.
 
     L = mean over response tokens of alpha (-log q_y) + beta (-log 1e-4) (1 - q_y)                       (5)
 
@@ -59,7 +60,6 @@ is):
     split.
  6. AdamW, warm-up and a cosine for the final student; equations by a parser where the code calls Python's
     eval.
- 7. ProGen's feedback (the most helpful samples by influence) is left out.
 
 What to watch: `accuracy` on held-out real rows is what counts. `energy` has no zero, since a constant added
 to all logits shifts it: compare within a round only. `asked` is how many texts the LLM had to write for
@@ -259,7 +259,7 @@ def llm_answers(llm, task, shots, rows):
 
 
 class Samples(list):
-    """What was written so far: dicts of sample, round, opening, energy, and whether it was fed back."""
+    """What was written so far: dicts of sample, round, opening, energy, and whether it is in F_t (fed)."""
 
     def state_dict(self):
         return {"all": list(self)}

@@ -81,7 +81,7 @@ def kd_loss(student_logits, teacher_logits, targets, alpha, tau):
     """The loss of each row, and its two terms CE and KL. (R,V), (R,V), (R,) -> three (R,)."""
     logq = F.log_softmax(student_logits, -1)       # (R,V)
     ce = -logq.gather(-1, targets[:, None])[:, 0]  # (R,)
-    if teacher_logits is None:  # alpha = 0 needs no teacher
+    if teacher_logits is None:  # alpha = 0 needs no teacher; KL is not measured then, and logged as 0
         return ce, ce, torch.zeros_like(ce)
     if tau != 1:  # at tau = 1 this would cost a pass over (R,V) and change nothing
         logq = F.log_softmax(student_logits / tau, -1)

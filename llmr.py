@@ -26,9 +26,9 @@ p(y|x), which favours shorter responses; with the mean each token brings the tea
 that, which favours longer ones.
 
 What differs from the paper, of which we know the abstract and the released code (its settings are blank):
- 1. A response may be cut at --max-response, before its EOS. The release discards it. Here it counts, and is
-    granted V(s_{n+1}), what the best continuation would collect: that cancels the -V(s_{n+1}) of its last
-    reward, so V = 0 behind the last token of every response. Why it matters: p = softmax(f) fixes f only up
+ 1. A response that is cut at --max-response has no EOS. The release discards it. Here it counts, with V = 0
+    behind its last token, too: it is granted V(s_{n+1}), what the best continuation would collect, which
+    cancels the -V(s_{n+1}) of its last reward. Why it matters: p = softmax(f) fixes f only up
     to a constant c(s) for each state, and the mean in Eq. 1 is but one choice of it. Another choice adds
     c(s_t) to G_t: a baseline, without effect on the expected gradient, *if* all responses count and L is
     divided by a constant.

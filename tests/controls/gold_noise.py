@@ -215,7 +215,7 @@ def with_noise(samples, words, noise, rng):
 
 
 class Samples(list):
-    """What was written so far: dicts of sample, round, opening, energy, and whether it was fed back."""
+    """What was written so far: dicts of sample, round, opening, energy, and whether it is in F_t (fed)."""
 
     def state_dict(self):
         return {"all": list(self)}

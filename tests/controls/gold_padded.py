@@ -201,7 +201,7 @@ def llm_answers(llm, task, shots, rows):
 
 
 class Samples(list):
-    """What was written so far: dicts of sample, round, opening, energy, and whether it was fed back."""
+    """What was written so far: dicts of sample, round, opening, energy, and whether it is in F_t (fed)."""
 
     def state_dict(self):
         return {"all": list(self)}
