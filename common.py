@@ -60,6 +60,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
 )
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -111,7 +112,6 @@ class Settings:
     max_prompt: int = 256            # tokens; longer prompts lose their beginning
     max_response: int = 256          # tokens; longer responses lose their end and with it EOS
     holdout: float = 0.05            # share of data without splits held out for valid, and again for test
-    teacher_device_map: str = ""     # e.g. auto: spread a large teacher over devices (needs accelerate)
     # system
     eval_every: int = 100            # steps between evaluations on validation rows
     eval_rows: int = 500             # most test rows to evaluate on (validation: at most 200)
@@ -645,11 +645,10 @@ def peak_rss():
 SAFE = {"trust_remote_code": False}  # else transformers would ask on the terminal about foreign code
 
 
-def load_model(path, device, dtype=torch.float32, role="student", seed=0, device_map=""):
+def load_model(path, device, dtype=torch.float32, role="student", seed=0):
     """A Hugging Face causal or encoder-decoder model in eval mode, on `device`, with `dtype` weights.
 
     A student's directory with a config.json but no weights gives random weights, which is said in a line.
-    `device_map` is handed to transformers, for a teacher that needs several devices (needs accelerate).
     """
     try:
         config = AutoConfig.from_pretrained(path, **SAFE)
@@ -658,9 +657,8 @@ def load_model(path, device, dtype=torch.float32, role="student", seed=0, device
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     here = Path(path)
     if not here.is_dir() or any(f.suffix in (".safetensors", ".bin") for f in here.iterdir()):
-        placed = {"device_map": device_map} if device_map else {}
         try:
-            model = auto.from_pretrained(path, dtype=dtype, weights_only=True, **SAFE, **placed)
+            model = auto.from_pretrained(path, dtype=dtype, weights_only=True, **SAFE)
         except Exception as e:  # damaged or foreign weights: transformers and safetensors raise many kinds
             raise BadInput(f"--{role} {path}: the weights cannot be loaded ({first_line(e)})") from None
     elif role == "student":
@@ -669,7 +667,7 @@ def load_model(path, device, dtype=torch.float32, role="student", seed=0, device
         model = auto.from_config(config).to(dtype)
     else:
         raise BadInput(f"--{role} {path}: config.json is there, but no weights (*.safetensors or *.bin)")
-    model = (model if device_map else model.to(device)).eval()  # from_config gives train mode: dropout
+    model = model.to(device).eval()  # from_config gives train mode: dropout
     model.vocab = model.get_output_embeddings().weight.shape[0]  # load_pair cuts it to the common size
     check_head(model, path, role)
     return model
@@ -715,7 +713,31 @@ def load_tokenizer(path, role):
     if tokenizer.eos_token_id is None:
         raise BadInput(f"--{role} {path}: the tokenizer has no end-of-sequence token, "
                        "so no response could end")
+    end_as_in_chat(tokenizer, path)
     return tokenizer
+
+
+def end_as_in_chat(tokenizer, path):
+    """Let EOS be what ends an answer of a chat model. Gemma's and Phi-3's tokenizers name another token, that
+    of a whole text, and only the generation config lists both."""
+    try:
+        ends = GenerationConfig.from_pretrained(path).eos_token_id
+    except (OSError, ValueError):  # a model without one
+        return
+    if not (tokenizer.chat_template and isinstance(ends, list)):
+        return
+    mark = "\ue000"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+    after = tokenizer.apply_chat_template(chat, tokenize=False).partition(mark)[2]
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    if ids and ids[0] in ends:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[0])
+
+
+def bos_of(tokenizer):
+    """[BOS] for a tokenizer that puts it before every text, else []: Gemma and Llama know no text without."""
+    first = tokenizer("a").input_ids[:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 PROBE = ("The quick brown fox: jumps over 13 lazy dogs, naïve café!\n"
@@ -733,22 +755,27 @@ def load_pair(cfg, device, same_tokens=True, world="answers"):
     paths = {role: resolve(getattr(cfg, role), role, cfg.data, world) for role in ("student", "teacher")}
     tokenizer = load_tokenizer(paths["student"], "student")
     student = load_model(paths["student"], device, seed=cfg.seed)
+    if student.config.is_encoder_decoder and bos_of(tokenizer):
+        raise BadInput(f"--student {paths['student']}: begins every response with {tokenizer.bos_token}, as "
+                       "BART does, which the responses here do not: choose a T5-like or decoder-only model")
     if cfg.recompute:
         recompute(student)
     teacher = None
     if cfg.teacher != "none":
-        teacher = load_model(paths["teacher"], device, compute_dtype(cfg, device), "teacher",
-                             device_map=cfg.teacher_device_map).requires_grad_(False)
+        teacher = load_model(paths["teacher"], device, compute_dtype(cfg, device), "teacher")
+        teacher.requires_grad_(False)
     size = sum(model.num_parameters() for model in (student, teacher) if model is not None)
     if device.type == "cpu" and size < 10**6 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # on several the steps of such models take longer, beside other work much
     if teacher is not None and same_tokens:
         other = load_tokenizer(paths["teacher"], "teacher")
-        agree = tokenizer(PROBE).input_ids == other(PROBE).input_ids
-        if not agree or tokenizer.eos_token_id != other.eos_token_id:
-            raise BadInput(f"--teacher {paths['teacher']} and --student {paths['student']} have different "
-                           "tokenizers, so their token distributions cannot be compared: "
-                           "choose two models of one family")
+        both = f"--teacher {paths['teacher']} and --student {paths['student']}"
+        if tokenizer(PROBE).input_ids != other(PROBE).input_ids:
+            raise BadInput(f"{both} have different tokenizers, so their token distributions cannot be "
+                           "compared: choose two models of one family")
+        if tokenizer.eos_token_id != other.eos_token_id:
+            raise BadInput(f"{both} end a response with different tokens, {other.eos_token} and "
+                           f"{tokenizer.eos_token}: choose two chat models or two base models of one family")
         student.vocab = teacher.vocab = min(student.vocab, teacher.vocab)
     return student, teacher, tokenizer
 
@@ -927,7 +954,9 @@ def prompt_encoder(tokenizer, template, model, max_prompt):
     is_encdec, mark = model.config.is_encoder_decoder, "\ue000"
     if template == "auto" and tokenizer.chat_template:  # it writes its own begin-of-sequence token
         chat = [{"role": "user", "content": mark}]
-        whole = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        # Llama's template writes the date into every prompt: let it be the same tomorrow
+        whole = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True,
+                                              date_string="26 Jul 2024")
         start, found, end = whole.partition(mark)
         if not found:
             raise BadInput("the tokenizer's chat template drops the user's message: "
@@ -959,7 +988,7 @@ def prompt_encoder(tokenizer, template, model, max_prompt):
 def row_encoder(cfg, student, teacher, tokenizer):
     """A function row -> Example; its attributes count what was cut or empty."""
     for model, role in ((student, "student"), (teacher, "teacher")):
-        context = getattr(model.config, "max_position_embeddings", None) if model is not None else None
+        context = context_of(model)
         if not context:
             continue
         parts = cfg.max_prompt, cfg.max_response
@@ -967,8 +996,11 @@ def row_encoder(cfg, student, teacher, tokenizer):
             raise BadInput(f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response} do not "
                            f"fit the {role}'s context of {context} tokens: lower them")
     encode = encode_for_teacher = prompt_encoder(tokenizer, cfg.template, student, cfg.max_prompt)
-    if cfg.teacher_template:
-        encode_for_teacher = prompt_encoder(tokenizer, cfg.teacher_template, teacher or student,
+    teacher = teacher or student
+    # without a template of its own, too, a T5 ends its prompt otherwise than a decoder-only model
+    mixed = teacher.config.is_encoder_decoder != student.config.is_encoder_decoder
+    if cfg.teacher_template or mixed:
+        encode_for_teacher = prompt_encoder(tokenizer, cfg.teacher_template or cfg.template, teacher,
                                             cfg.max_prompt)
 
     def example(row):
@@ -987,12 +1019,26 @@ def row_encoder(cfg, student, teacher, tokenizer):
     return example
 
 
+def spread(rows, most):
+    """All rows or so many of them, evenly spread: the first ones may all be of one source."""
+    chosen = np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)
+    return [rows[i] for i in chosen]
+
+
+def context_of(model):
+    """How many positions a model has; None if it has no limit, or there is no model."""
+    if model is None:
+        return None
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def load_data(cfg, student, teacher, tokenizer):
     """SimpleNamespace(train, valid, test) of lists of Examples, tokenised once; says what was cut or
     dropped."""
     encode, splits = row_encoder(cfg, student, teacher, tokenizer), load_rows(cfg)
-    limits = {"train": None, "valid": min(cfg.eval_rows, 200), "test": cfg.eval_rows}
-    data = SimpleNamespace(**{s: [encode(row) for row in splits[s][:limit]] for s, limit in limits.items()})
+    splits["valid"] = spread(splits["valid"], min(cfg.eval_rows, 200))
+    splits["test"] = spread(splits["test"], cfg.eval_rows)
+    data = SimpleNamespace(**{s: [encode(row) for row in rows] for s, rows in splits.items()})
     print(f"data: {len(data.train)} training prompts, {sum(bool(e.response) for e in data.train)} with a "
           f"response; {len(data.valid)} validation, {len(data.test)} test rows; "
           f"cut to fit: {encode.cut_prompts} prompts, {encode.cut} responses; "
@@ -1062,14 +1108,15 @@ def file_documents(file, cfg, whole):
 
 def load_corpus(source, tokenizer, cfg):
     """Examples for plain language modelling: blocks of --max-response tokens of the documents of `source`,
-    EOS after each document; EOS serves as the prompt of each block."""
+    EOS after each document; BOS, or where the tokenizer adds none EOS, is the prompt of each block."""
     eos, n = tokenizer.eos_token_id, cfg.max_response
+    prompt = bos_of(tokenizer) or [eos]
     texts = (text.strip() for text in documents(source, cfg))
     encode = lambda text: tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     tokens = [t for text in texts if text for t in encode(text) + [eos]]
     if not tokens:
         raise BadInput(f"{source}: there is no text in it")
-    return [Example([eos], [eos], tokens[i:i + n]) for i in range(0, len(tokens), n)]
+    return [Example(prompt, prompt, tokens[i:i + n]) for i in range(0, len(tokens), n)]
 
 
 def parse_pairs(text, flag):
@@ -1105,31 +1152,30 @@ def domain_sources(cfg, world):
 
 
 def load_domains(cfg, student, teacher, tokenizer, world="domains"):
-    """SimpleNamespace(names, train, valid, test, sha1). train {name: (sequences, --max-tokens) of tokens,
-    mapped into memory}; valid and test {name: at most --gap-rows and --eval-rows Examples, spread over the
-    split}."""
+    """SimpleNamespace(names, train, valid, test, bos, sha1). train {name: (sequences, --max-tokens) of
+    tokens, mapped into memory}; valid and test {name: at most --gap-rows and --eval-rows Examples, spread
+    over the split}; bos as in `bos_of`, for `sequence`."""
+    bos = bos_of(tokenizer)
     for model, role in ((student, "student"), (teacher, "teacher")):
-        context = getattr(model.config, "max_position_embeddings", None) if model is not None else None
+        context = context_of(model)
         if model is not None and model.config.is_encoder_decoder:
             raise BadInput(f"the {role} is an encoder-decoder: running text needs a decoder-only model")
-        if context and cfg.max_tokens > context:
+        if context and len(bos) + cfg.max_tokens > context:
             raise BadInput(f"--max-tokens {cfg.max_tokens} does not fit the {role}'s context of {context} "
                            "tokens")
     sources = domain_sources(cfg, world)
     if len(sources) < 2:
         raise BadInput(f"a mixture needs two domains or more, there is {len(sources)} "
                        f"({', '.join(sources) or 'none'})")
-    data, digest = SimpleNamespace(names=list(sources), train={}, valid={}, test={}), hashlib.sha1()
+    data = SimpleNamespace(names=list(sources), train={}, valid={}, test={}, bos=bos)
+    digest = hashlib.sha1()
     with rank0_first():
         packed = {name: pack(name, source, tokenizer, cfg) for name, source in sources.items()}
     for name, (splits, sha1) in packed.items():
         digest.update(name.encode() + sha1.encode())
         data.train[name] = splits["train"]
-        for split, limit in (("valid", cfg.gap_rows), ("test", cfg.eval_rows)):
-            # spread over the split: its first sequences may all be of one long document
-            have = splits[split]
-            chosen = np.linspace(0, len(have) - 1, min(limit, len(have))).round().astype(int)
-            getattr(data, split)[name] = [sequence(have[i]) for i in chosen]
+        data.valid[name] = [sequence(tokens, bos) for tokens in spread(splits["valid"], cfg.gap_rows)]
+        data.test[name] = [sequence(tokens, bos) for tokens in spread(splits["test"], cfg.eval_rows)]
     data.sha1 = digest.hexdigest()[:12]
     shown = [f"{n} {len(data.train[n])} {len(data.valid[n])} {len(data.test[n])}" for n in data.names]
     print(f"{cfg.max_tokens}-token sequences (train valid test): "
@@ -1137,10 +1183,12 @@ def load_domains(cfg, student, teacher, tokenizer, world="domains"):
     return data
 
 
-def sequence(tokens):
-    """Packed tokens -> Example: the first token is the prompt, the others are the response."""
+def sequence(tokens, bos):
+    """Packed tokens -> Example: BOS, if there is one, and the first token are the prompt, the others the
+    response."""
     tokens = [int(t) for t in tokens]
-    return Example(tokens[:1], tokens[:1], tokens[1:])
+    prompt = bos + tokens[:1]
+    return Example(prompt, prompt, tokens[1:])
 
 
 SPLITS = ("train", "valid", "test")
@@ -1162,7 +1210,9 @@ def pack(name, source, tokenizer, cfg):
     files are kept in the cache under the tokenizer and the path, size and time of every source file.
     """
     vocabulary = hashlib.sha1(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    stamp = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files_of(source) or []]
+    # of a saved data set all its files; the hub has none here
+    files = files_of(source) or [f for f in sorted(Path(source).rglob("*")) if f.is_file()]
+    stamp = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     n, dtype = cfg.max_tokens, np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     spelled = tokenizer.eos_token_id, tokenizer(PROBE).input_ids  # the same words may be cut otherwise
     key = json.dumps([stamp or source, vocabulary, spelled, cfg.domain_tokens, cfg.holdout, cfg.text_field])
@@ -1389,10 +1439,10 @@ AttentionMaskInterface.register("grouped", sdpa_mask)
 def attention(model, name):
     """Let a decoder-only model use another attention function, if it would use torch's without a sliding
     window."""
-    config = model.config
+    config = model.config.get_text_config(decoder=True)  # of a model for images, too, its text part
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     plain = kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
-    if config._attn_implementation != "sdpa" or config.is_encoder_decoder or not plain:
+    if config._attn_implementation != "sdpa" or model.config.is_encoder_decoder or not plain:
         yield
         return
     config._attn_implementation = name
@@ -1407,8 +1457,7 @@ def response_states(model, compiled=False):
 
     Decoder-only models run right-padded and without a mask: a causal model never looks to the right, and
     without a mask the fast attention kernels serve. T5 scales the states before a tied head; that is done
-    here. Under autocast states have its dtype: after a final norm with fp32 weights they have not, and the
-    head would run in fp32.
+    here. Under autocast states have its dtype.
     """
     if model.config.is_encoder_decoder:
         scale = state_scale(model)
@@ -1421,14 +1470,20 @@ def response_states(model, compiled=False):
         def body(tokens, mask, decoder_tokens):
             return model.base_model(input_ids=tokens, use_cache=False)[0]
     body = try_compile(body, dynamic=False) if compiled else body
-    device = model.device.type
 
     def states(batch):
         with attention(model, "causal"):
-            hidden = body(batch.tokens, batch.mask, batch.decoder_tokens).flatten(0, 1)[batch.positions]
-        return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+            hidden = body(batch.tokens, batch.mask, batch.decoder_tokens)  # (B,T,H)
+        return autocast_dtype(hidden.flatten(0, 1)[batch.positions])
 
     return states
+
+
+def autocast_dtype(hidden):
+    """Under autocast in its dtype: after a final norm with fp32 weights states have not, and the head, which
+    follows them, would run in fp32."""
+    device = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
 
 
 def state_scale(model):
@@ -1630,13 +1685,14 @@ def sample(model, prompts, max_new, temperature=1.0, top_k=0, seed=0, eos=None, 
     By default from the very distribution that is scored: T = 1, no truncation, no dropout; temperature 0 is
     greedy. A response ends with its first EOS, or without one after max_new tokens. Log-probs are those of
     the sampling distribution (at temperature 0 of the model's). A draw is argmax(logits + Gumbel noise):
-    exact, and the GPU need not wait for the CPU. On a GPU (`static`) one compiled step under CUDA graphs on
-    a fixed-size cache, with a look for "all done" every 16 tokens; elsewhere a growing cache, which
-    finished rows leave at once. `dtype`: what the model is trained in under autocast, so that what is
-    sampled is what is scored.
+    exact, and the GPU need not wait for the CPU. On a GPU (`static`), if the model's class can, one step on
+    a fixed-size cache, compiled under CUDA graphs, with a look for "all done" every 16 tokens; elsewhere a
+    growing cache, which finished rows leave at once. `dtype`: what the model is trained in under autocast,
+    so that what is sampled is what is scored.
     """
     was_training = model.training
-    static = model.device.type == "cuda" if static is None else static
+    if static is None:  # GPT-Neo cannot: its local mask takes the width of the cache for the position
+        static = model.device.type == "cuda" and getattr(model, "_can_compile_fullgraph", False)
     eos = model.generation_config.eos_token_id if eos is None else eos
     model.eval()
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -1667,7 +1723,7 @@ def decode_step(model, cache, tokens, position_ids, attend, mask, memory):
     else:
         hidden = model.base_model(input_ids=tokens, attention_mask=attend, position_ids=position_ids,
                                   use_cache=True, **cache)[0]
-    return head_logits(model, hidden[:, -1])
+    return head_logits(model, autocast_dtype(hidden[:, -1]))
 
 
 def _sample_batch(model, prompts, max_new, temperature, top_k, top_p, generator, eos, compiled, static):
@@ -1681,10 +1737,11 @@ def _sample_batch(model, prompts, max_new, temperature, top_k, top_p, generator,
     mask = (at < n[:, None] if is_encdec else at >= P - n[:, None]).long()  # (B,P)
     room = 64 * math.ceil(((0 if is_encdec else P) + max_new) / 64)
     config = model.config.get_text_config(decoder=True)
-    cache = static_cache(model, config, "self", B, room) if static else preallocated_cache(config)
+    of_size = lambda use, room: static_cache(model, config, use, B, room, compiled)
+    cache = of_size("self", room) if static else preallocated_cache(config)
     if is_encdec:  # the encoder runs once
         memory = model.get_encoder()(input_ids=prompt, attention_mask=mask)[0]
-        of_prompt = static_cache(model, config, "cross", B, P) if static else DynamicCache(config=config)
+        of_prompt = of_size("cross", P) if static else DynamicCache(config=config)
         cache = EncoderDecoderCache(cache, of_prompt)
         tokens = torch.full((B, 1), model.config.decoder_start_token_id, device=device)
         position_ids = attend = None
@@ -1780,12 +1837,15 @@ def preallocated_cache(config):
 _static_caches = weakref.WeakKeyDictionary()  # model: {(use, batch, room): cache}
 
 
-def static_cache(model, config, use, batch, room):
-    """A StaticCache, the same one for the same sizes: a CUDA graph is tied to the addresses it was recorded
-    with."""
+def static_cache(model, config, use, batch, room, compiled):
+    """A StaticCache; where the step is compiled the same one for the same sizes, since a CUDA graph is tied
+    to the addresses it was recorded with. Those that are kept for a model take 16 GiB at most, one more
+    aside."""
+    if not compiled:
+        return StaticCache(config=config, max_cache_len=room)
     kept = _static_caches.setdefault(model, {})
     if (use, batch, room) not in kept:
-        if len(kept) == 8:
+        if sum(rows / cache_rows(model, width) for _, rows, width in kept) > 1:
             kept.clear()  # prompts of many lengths must not fill the GPU
         kept[use, batch, room] = StaticCache(config=config, max_cache_len=room)
     kept[use, batch, room].reset()
@@ -1835,7 +1895,8 @@ def teacher_answers(teacher, examples, tokenizer, cfg):
     """The examples with the teacher's responses (T = 1, drawn once), kept on disk under teacher, prompts
     and seed."""
     prompts = [e.teacher_prompt for e in examples]
-    what = [fingerprint(teacher), str(teacher.dtype), prompts, cfg.max_response, cfg.seed]
+    eos = tokenizer.eos_token_id
+    what = [fingerprint(teacher), str(teacher.dtype), prompts, eos, cfg.max_response, cfg.seed]
     file = cache_dir() / f"answers-{hashlib.sha1(json.dumps(what).encode()).hexdigest()[:20]}.json"
     with rank0_first():
         if file.is_file():
@@ -1847,7 +1908,7 @@ def teacher_answers(teacher, examples, tokenizer, cfg):
             part = file.with_suffix(f".{os.getpid()}")
             part.write_text(json.dumps(responses))
             os.replace(part, file)
-    cut = sum(r[-1] != tokenizer.eos_token_id for r in responses)
+    cut = sum(r[-1] != eos for r in responses)
     print(f"teacher responses: {len(responses)}, of which {cut} reach "
           "--max-response without an end", flush=True)
     return [dataclasses.replace(e, response=r) for e, r in zip(examples, responses)]
@@ -1887,7 +1948,9 @@ def grams(words, n):
 
 def distinct(texts, n):
     """Different n-grams over all n-grams of all texts (Li et al. 2016): 1 says that nothing is repeated."""
-    all_grams = sum((grams(t.split(), n) for t in texts), Counter())
+    all_grams = Counter()
+    for text in texts:
+        all_grams.update(grams(text.split(), n))
     return len(all_grams) / max(1, sum(all_grams.values()))
 
 
@@ -2164,7 +2227,7 @@ class LLM:
         self.max_new, self.seed, self.compiled = max_new, seed, compiled
         template = "auto" if tokenizer.chat_template else "{prompt}"
         self.encode = prompt_encoder(tokenizer, template, model, 10**9)  # too long is an error, not cut
-        context = getattr(model.config, "max_position_embeddings", None) or 10**9
+        context = context_of(model) or 10**9
         self.room = min(max_prompt, context - (0 if model.config.is_encoder_decoder else max_new))
         self.written, self.asked, self.kept = None, 0, 0
 

@@ -283,7 +283,7 @@ def train(cfg) -> dict:
         # one step over accum micro-batches: sums are divided once, by the tokens of the whole step
         rank, n = common.processes()  # under torchrun each takes every n-th sequence
         drawn = sampler.draw(step, cfg.batch_size, shares)[rank::n]
-        drawn = [common.sequence(data.train[data.names[i]][j]) for i, j in drawn]
+        drawn = [common.sequence(data.train[data.names[i]][j], data.bos) for i, j in drawn]
         n_tokens = common.all_reduce_sum(sum(len(e.response) for e in drawn))
         size, totals = len(drawn) // cfg.accum, 0.0
         for i in range(0, len(drawn), size):

@@ -171,7 +171,7 @@ def train(cfg) -> dict:
     # data
     data = common.load_data(cfg, student, teacher, tokenizer)
     examples = common.teacher_answers(teacher, data.train, tokenizer, cfg)  # y_t of every training prompt
-    batches = common.Batches(examples, student, teacher, cfg, device)
+    batches = common.Batches(examples, student, None, cfg, device)  # the teacher has batches of its own
     # y_t never changes, nor does what the teacher thinks of it: one number for each training prompt
     logp_t = fixed_logprobs(teacher, batches.examples, cfg, "teacher").float().to(device)
     corpus = None
@@ -228,6 +228,7 @@ def train(cfg) -> dict:
             new = {i: (e.response, logp) for i, e, logp in zip(due, drawn, scored)}
             # under torchrun all use process 0's draw of the whole data: it is the one that a checkpoint
             # keeps
+            y_s.clear()  # all that are needed are new
             y_s.update(new if cfg.negatives == "online" else common.broadcast(new))
 
         # one step over accum micro-batches: sums are divided once, by the tokens or pairs of the whole step

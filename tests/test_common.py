@@ -2,6 +2,8 @@
 import dataclasses
 import gc
 import importlib
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -257,6 +259,33 @@ def test_chat_template_is_used_where_there_is_one(pair):
     assert tokenizer.decode(plain) == "Q: the cat A:"
 
 
+END = "<|endoftext|>"
+
+
+@pytest.mark.parametrize("ends, wanted", [([END, "!"], "!"), ([END, "?"], END), ("!", END), (None, END)])
+def test_an_answer_ends_where_a_chat_model_ends_its_turn(pair, tmp_path, ends, wanted):
+    """The tokenizers of Gemma and Phi-3 name the end of a text as EOS, and only the generation config the end of a turn."""
+    shutil.copytree(pair("gpt2")[1], tmp_path / "chat")
+    tokenizer = common.load_tokenizer(tmp_path / "chat", "student")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}!\n{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    file = tmp_path / "chat/generation_config.json"
+    if ends is None:
+        file.unlink()
+    else:
+        file.write_text(json.dumps({"eos_token_id": tokenizer.convert_tokens_to_ids(ends)}))
+    assert common.load_tokenizer(tmp_path / "chat", "student").eos_token == wanted
+    (tmp_path / "chat/chat_template.jinja").unlink()
+    assert common.load_tokenizer(tmp_path / "chat", "student").eos_token == END  # no chat, no turns
+
+
+def test_a_prompt_is_the_same_on_another_day(pair):
+    model, tokenizer = load(pair, "gpt2")
+    tokenizer.chat_template = ("{% if not date_string is defined %}{% set date_string = strftime_now('%H:%M:%S.%f') %}{% endif %}"
+                               "{{ date_string }} {{ messages[0].content }}")
+    assert tokenizer.decode(common.prompt_encoder(tokenizer, "auto", model, 64)("the cat")) == "26 Jul 2024 the cat"
+
+
 def test_a_prompt_begins_as_the_tokenizer_begins_a_text(pair):
     """Llama's tokenizers put a begin-of-sequence token there: once, and before the template."""
     model, tokenizer = load(pair, "llama")
@@ -366,6 +395,15 @@ def test_answers_of_another_length_never_meet_the_cache(pair, config):
     assert [longest(n) for n in (8, 4, 8)] == [8, 4, 8]
 
 
+def test_answers_that_end_otherwise_never_meet_the_cache(pair, config):
+    teacher, tokenizer = load(pair, "llama", 0)
+    part = [Example(e.prompt, e.prompt, []) for e in examples(20)]
+    answers = lambda: [e.response for e in common.teacher_answers(teacher, part, tokenizer, config("llama", max_response=8))]
+    first = answers()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first[0][2])
+    assert answers()[0] == first[0][:first[0].index(first[0][2]) + 1] and answers() != first
+
+
 # ---- what makes sampling faster changes no number -------------------------------------------------------------------
 def test_noise_is_that_of_exponential():
     like = torch.empty(7, 501)
@@ -416,13 +454,17 @@ def test_recomputed_layers_give_the_same_gradients_and_the_sampler_keeps_its_cac
     assert calls.count("inside") == calls.count("outside")
 
 
-def test_under_autocast_the_head_gets_states_of_its_dtype(pair):
+def test_under_autocast_the_head_gets_states_of_its_dtype(pair, monkeypatch):
     """Llama's last norm has fp32 weights and gives fp32 states, with which the head would run in fp32."""
     student = common.load_model(str(pair("llama")[1]), torch.device("cpu"))
     batch, states = common.collate([Example([5, 6], [5, 6], [8, 3])], student), common.response_states(student)
     assert states(batch).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert states(batch).dtype == torch.bfloat16
+    seen, project = set(), common.project
+    monkeypatch.setattr(common, "project", lambda hidden, *head: seen.add(hidden.dtype) or project(hidden, *head))
+    common.sample(student, [[5, 6]], 3, eos=0, dtype=torch.bfloat16)  # the sampler's head, too
+    assert seen == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("script", ["kd_forward", "llmr", *[pytest.param(x, marks=pytest.mark.slow)

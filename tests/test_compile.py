@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import any_run
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import common
 
@@ -95,6 +96,22 @@ def test_the_mask_is_still_there_where_windows_slide_and_for_encoder_decoders(pa
         assert t5.config._attn_implementation != "causal"
 
 
+def test_the_windows_of_a_model_for_images_are_those_of_its_text_part():
+    """Gemma 3's own config has no windows, the text config inside it has."""
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(**small, vocab_size=50, num_key_value_heads=1, head_dim=8, sliding_window=4,
+                layer_types=["sliding_attention", "full_attention"])
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=dict(**small, image_size=14, patch_size=14))
+    model = Gemma3ForConditionalGeneration(config).eval()
+    model.vocab, ids = 50, list(range(3, 23))
+    batch = common.collate([common.Example(ids[:2], ids[:2], ids[2:])], model)
+    with torch.no_grad():
+        got = common.head_logits(model, common.response_states(model)(batch))
+        wanted = model(input_ids=torch.tensor([ids])).logits[0, 1:-1]
+    assert torch.allclose(got, wanted, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow),
                                   pytest.param("t5", marks=pytest.mark.slow)])
 def test_every_new_token_is_a_compiled_step_on_the_same_cache(pair, kind, counter):
@@ -109,24 +126,34 @@ def test_every_new_token_is_a_compiled_step_on_the_same_cache(pair, kind, counte
     assert len(counter.graphs) == 1 and counter.calls == 2 * steps
 
 
-def test_the_static_cache_keeps_its_addresses_and_forgets_its_content(pair):
+def test_the_static_cache_keeps_its_addresses_and_forgets_its_content(pair, counter):
     model = models(pair, "llama")[1]
     config = model.config
-    first = common.static_cache(model, config, "self", 2, 64)
-    common.sample(model, [[5, 6], [7, 8, 9]], 5, seed=0, eos=1, static=True)
+    once = lambda model: common.sample(model, [[5, 6], [7, 8, 9]], 5, seed=0, eos=1, static=True, compiled=True)[0]
+    first = common.static_cache(model, config, "self", 2, 64, compiled=True)
+    once(model)
     addresses = [layer.keys.data_ptr() for layer in first.layers]
-    again, _ = common.sample(model, [[5, 6], [7, 8, 9]], 5, seed=0, eos=1, static=True)
-    assert common.static_cache(model, config, "self", 2, 64) is first
+    again = once(model)
+    assert common.static_cache(model, config, "self", 2, 64, compiled=True) is first
     assert [layer.keys.data_ptr() for layer in first.layers] == addresses
-    fresh = common.load_model(str(model.name_or_path), CPU)
-    assert again == common.sample(fresh, [[5, 6], [7, 8, 9]], 5, seed=0, eos=1, static=True)[0]
+    assert again == once(common.load_model(str(model.name_or_path), CPU))
 
 
-def test_a_batch_of_the_sampler_has_keys_and_values_of_sixteen_gib_at_most(pair):
+def test_static_caches_are_kept_for_graphs_only_and_not_without_end(pair, counter, monkeypatch):
+    model = models(pair, "llama")[1]
+    common.sample(model, [[5, 6]], 5, seed=0, eos=1, static=True)
+    assert model not in common._static_caches  # nothing is compiled: nothing is kept
+    monkeypatch.setattr(common, "cache_rows", lambda model, length: 512 // length)  # 8 rows of 64
+    for rows, width in ((6, 64), (1, 128), (1, 64), (3, 64)):  # .75, .25, .125 and .375 of what may be kept
+        common.static_cache(model, model.config, "self", rows, width, compiled=True)
+    assert set(common._static_caches[model]) == {("self", 3, 64)}
+
+
+def test_a_batch_of_the_sampler_has_keys_and_values_of_sixteen_gib_at_most(pair, counter):
     """Counted by a run of the sampler itself: what its cache holds of one sequence, times the rows of a batch."""
     model = models(pair, "llama")[1]
-    common.sample(model, [[5, 6]], 62, seed=0, eos=1, static=True)
-    cache = common.static_cache(model, model.config, "self", 1, 64)
+    common.sample(model, [[5, 6]], 62, seed=0, eos=1, static=True, compiled=True)
+    cache = common.static_cache(model, model.config, "self", 1, 64, compiled=True)
     one = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
     rows = common.cache_rows(model, 64)
     assert rows * one <= 2**34 < (rows + 1) * one

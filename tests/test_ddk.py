@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import transformers
 from conftest import WORDS, make_corpus, small_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import common
@@ -359,6 +361,42 @@ def test_another_tokenizer_with_the_same_words_packs_anew(tmp_path, cfg):
         assert ends[-1]
     tokenizer.eos_token = small_tokenizer().eos_token
     assert common.pack("d", f"{tmp_path}/a.jsonl", tokenizer, cfg())[0]["train"].tolist() != parts["train"].tolist()
+
+
+def test_a_data_set_that_is_saved_again_is_packed_again(tmp_path, cfg):
+    import datasets
+    tokenizer, first = small_tokenizer(), []
+    for word in ("cat", "dog"):
+        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+        rows = [{"text": f"{word} {i} " * 20} for i in range(60)]
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+        parts, _ = common.pack("d", str(tmp_path / "saved"), tokenizer, cfg())
+        first.append(tokenizer.decode(parts["train"][0].tolist()))
+    assert "cat" in first[0] and "dog" in first[1]
+
+
+def test_a_sequence_begins_as_the_tokenizer_begins_a_text(cfg, pair, tmp_path, monkeypatch):
+    """Gemma without its BOS is lost: the perplexities that steer would be noise."""
+    student, teacher, tokenizer = common.load_pair(cfg(), CPU)
+    plain = common.load_domains(cfg(), student, teacher, tokenizer)
+    tokenizer.bos_token = "!"
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", bos)])
+    data = common.load_domains(cfg(), student, teacher, tokenizer)
+    for split in ("valid", "test"):
+        for a, b in zip(*(sum(getattr(d, split).values(), []) for d in (plain, data))):
+            assert b.prompt == b.teacher_prompt == [bos, *a.prompt] and b.response == a.response and len(a.prompt) == 1
+    assert plain.bos == [] and data.bos == [bos]
+    student.config.max_position_embeddings = 16  # which is --max-tokens
+    common.load_domains(cfg(), student, teacher, small_tokenizer())
+    refused("does not fit the student's context of 16", common.load_domains, cfg(), student, teacher, tokenizer)
+    for role, path in zip(("teacher", "student"), pair("llama")):
+        tokenizer.save_pretrained(shutil.copytree(path, tmp_path / role))
+    seen, collate = [], common.collate
+    monkeypatch.setattr(common, "collate", lambda examples, *args: seen.extend(examples) or collate(examples, *args))
+    ddk.train(cfg(teacher=str(tmp_path / "teacher"), student=str(tmp_path / "student"), steps=1, mix="uniform"))
+    seen = [e for e in seen if len(e.response) == 15]  # not what looks at a model's head
+    assert len(seen) > 6 and all(e.prompt[0] == bos and len(e.prompt) == 2 for e in seen)
 
 
 def test_another_holdout_never_meets_the_old_splits(tmp_path, cfg):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import small_run
+from tokenizers.processors import TemplateProcessing
 
 import common
 import dpkd
@@ -279,6 +280,29 @@ def test_the_corpus_counts_by_its_own_tokens(dpkd_config, tmp_path, monkeypatch)
     wanted = common.per_response(nll, student, None, chosen, cfg).sum() / sum(len(e.response) for e in chosen)
     dpkd.train(cfg)
     assert records(cfg, "loss")[0]["loss"] == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_a_text_begins_as_the_tokenizer_begins_it(dpkd_config, tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat")
+    cfg = dpkd_config()
+    tokenizer = common.load_tokenizer(cfg.student, "student")
+    eos = tokenizer.eos_token_id
+    prompts = lambda: {tuple(e.prompt) for e in common.load_corpus(tmp_path / "a.txt", tokenizer, cfg)}
+    assert prompts() == {(eos,)}
+    tokenizer.bos_token = "!"
+    bos = tokenizer.bos_token_id
+    assert prompts() == {(eos,)}  # it has one, but puts it nowhere
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", bos)])
+    assert prompts() == {(bos,)}
+
+
+def test_only_pairs_that_are_needed_are_kept(dpkd_config, monkeypatch):
+    """Fresh y_s of all prompts that were ever asked would fill memory and checkpoints."""
+    kept, end_step = [], common.Run.end_step
+    monkeypatch.setattr(common.Run, "end_step", lambda self, step, **p: kept.append(len(p["y_s"])) or end_step(self, step, **p))
+    cfg = dpkd_config(steps=3)
+    dpkd.train(cfg)
+    assert kept == [cfg.batch_size] * 3
 
 
 def test_every_negative_is_the_students_own_and_scored_by_the_teacher(dpkd_config, monkeypatch):

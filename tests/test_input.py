@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import flags
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig
 
 import common
 import kd_forward
@@ -85,17 +87,20 @@ def test_bad_settings(config, settings, match):
 
 
 def test_the_curve_is_measured_on_200_rows_at_most_and_the_table_on_all_that_were_asked_for(config, tmp_path):
+    """Spread over their file, which may be sorted by its sources."""
     for split, n in (("train", 10), ("valid", 210), ("test", 210)):
         rows = [json.dumps({"prompt": f"the cat {split} {i}", "response": "cat the"}) for i in range(n)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
     cfg = config("llama", data=str(tmp_path), eval_rows=205)
     data = common.load_data(cfg, *common.load_pair(cfg, torch.device("cpu")))
     assert (len(data.train), len(data.valid), len(data.test)) == (10, 200, 205)
+    data = common.load_data(config("llama", data=str(tmp_path), eval_rows=20), *common.load_pair(cfg, torch.device("cpu")))
+    assert [int(e.row["prompt"].split()[-1]) for e in data.test] == [11 * i for i in range(20)] and len(data.valid) == 20
 
 
 def test_a_teacher_that_reads_less_than_the_student_is_told_by_name(pair):
     """Its answers would be scored beyond the positions that it was trained on."""
-    reads = lambda tokens: SimpleNamespace(config=SimpleNamespace(max_position_embeddings=tokens, is_encoder_decoder=False))
+    reads = lambda tokens: SimpleNamespace(config=LlamaConfig(max_position_embeddings=tokens))
     tokenizer = common.load_tokenizer(pair("llama")[1], "student")
     encoder = lambda student, teacher: common.row_encoder(kd_forward.Config(max_prompt=30, max_response=30), reads(student), reads(teacher), tokenizer)
     encoder(64, 60)
@@ -228,6 +233,22 @@ def test_models_without_tokenizer_weights_or_common_vocabulary(config, pair, tmp
     (tmp_path / "empty/model.safetensors").write_bytes(b"not safetensors")
     refused("weights cannot be loaded", kd_forward.train, config(teacher=str(tmp_path / "empty")))
     refused("different tokenizers", kd_forward.train, config(teacher=str(pair("t5")[0])))
+    shutil.copytree(pair("gpt2")[1], tmp_path / "base")
+    tokenizer = common.load_tokenizer(tmp_path / "base", "student")
+    tokenizer.eos_token = "!"
+    tokenizer.save_pretrained(tmp_path / "base")
+    refused(r"end a response with different tokens, <\|endoftext\|> and !", kd_forward.train, config(student=str(tmp_path / "base")))
+
+
+def test_an_encoder_decoder_that_begins_responses_with_a_token_of_its_own_is_refused(config, pair, tmp_path):
+    """BART's targets begin with BOS, T5's do not."""
+    teacher, student = pair("t5")
+    shutil.copytree(student, tmp_path / "bart")
+    tokenizer = common.load_tokenizer(student, "student")
+    tokenizer.bos_token = "<pad>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A </s>", special_tokens=[("<pad>", 0), ("</s>", 1)])
+    tokenizer.save_pretrained(tmp_path / "bart")
+    refused("begins every response with <pad>", kd_forward.train, config(student=str(tmp_path / "bart"), teacher=str(teacher)))
 
 
 @pytest.mark.parametrize("zipped", [False, True])

@@ -112,10 +112,10 @@ def rows_of(cfg, split):
     out = []
     for line in open(f"{cfg.data}/{split}.jsonl"):
         row = json.loads(line)
-        own = around(row["prompt"] + ("" if of_student else "\n"), of_student)
+        plain = lambda encdec, row=row: around(row["prompt"] + ("" if encdec else "\n"), encdec)
         theirs = cfg.teacher_template.replace("\\n", "\n").format(prompt=row["prompt"])
-        theirs = around(theirs, of_teacher) if cfg.teacher_template else own
-        out.append((own, theirs, (ids(row["response"]) + [tokenizer.eos_token_id])[:cfg.max_response]))
+        theirs = around(theirs, of_teacher) if cfg.teacher_template else plain(of_teacher)
+        out.append((plain(of_student), theirs, (ids(row["response"]) + [tokenizer.eos_token_id])[:cfg.max_response]))
     return out
 
 
@@ -351,7 +351,7 @@ def llmr_loss(cfg, found, step=0):
     ("gpt2", "max", "none", dict()), ("gpt2", "lse", "mean", dict(accum=2)), ("llama", "mean", "none", dict(accum=3)),
     ("llama", "max", "value", dict(teacher_template=TWO_VIEWS)), ("qwen2", "max", "mean", dict(accum=TRAIN)), ("qwen2", "lse", "value", dict(accum=2)),
     ("t5", "lse", "none", dict()), ("t5", "mean", "value", dict(accum=2)), ("t5", "mean", "mean", dict(accum=3, teacher_template=TWO_VIEWS)),
-    ("t5<gpt2", "max", "value", dict(accum=2)), ("gpt2<t5", "lse", "none", dict(teacher_template=TWO_VIEWS))])
+    ("t5<gpt2", "max", "value", dict(accum=2)), ("gpt2<t5", "lse", "none", dict())])
 def test_llmr_steps_with_the_gradient_of_its_equations(config, pair, monkeypatch, kind, value, baseline, settings):
     cfg = config(llmr, pair(kind), value=value, baseline=baseline, **settings)
     found = run(monkeypatch, llmr, cfg, steps=2)

@@ -244,8 +244,8 @@ def train(cfg) -> dict:
                             {task["train"]: "train", task["test"]: "test"})
     topics = common.load_topics(cfg, task["world"])
     encode = common.row_encoder(cfg, student, None, tokenizer)
-    valid = [encode(r) for r in rows["valid"][:200]]
-    test = [encode(r) for r in rows["test"][:cfg.eval_rows]]
+    valid = [encode(r) for r in common.spread(rows["valid"], 200)]
+    test = [encode(r) for r in common.spread(rows["test"], cfg.eval_rows)]
     held_out = {r["prompt"] for split in ("valid", "test") for r in rows[split]}
     real = pick_shots(task, rows["train"], task["shots"], random.Random(cfg.seed))
     llm_path = common.resolve(cfg.teacher, "teacher", cfg.data, task["world"])

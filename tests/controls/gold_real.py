@@ -50,7 +50,7 @@ class Config(common.Settings):
     eval_rows: int = 800             # most test rows to evaluate on (validation: at most 200)
 
     # shared settings without effect here: setting one is an error
-    unused = ("teacher", "teacher_device_map", "prompt_field", "response_field", "text_field",
+    unused = ("teacher", "prompt_field", "response_field", "text_field",
               "teacher_template", "eval_temperature", "kl_on", "cache_gib")
 
 
@@ -96,8 +96,8 @@ def train(cfg) -> dict:
                             {task["train"]: "train", task["test"]: "test"})
     topics = common.load_topics(cfg, task["world"])
     encode = common.row_encoder(cfg, student, None, tokenizer)
-    valid = [encode(r) for r in rows["valid"][:200]]
-    test = [encode(r) for r in rows["test"][:cfg.eval_rows]]
+    valid = [encode(r) for r in common.spread(rows["valid"], 200)]
+    test = [encode(r) for r in common.spread(rows["test"], cfg.eval_rows)]
     real = [rows["train"][i % len(rows["train"])] for i in range(cfg.budget)]
     print(f"task {task['name']}: {len(rows['train'])} real rows, {len(valid)} valid, {len(test)} test rows")
 
