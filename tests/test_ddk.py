@@ -709,3 +709,5 @@ def test_gaps_below_one_are_legal_and_said_once(cfg, pair, capsys):
     teacher, student = pair("llama")
     ddk.train(cfg(teacher=str(student), student=str(teacher), lr=3e-2, steps=20))
     assert capsys.readouterr().out.count("a gap below 1") == 1
+    ddk.train(cfg(teacher=str(student), student=str(student), lr=0.0, steps=1, out=cfg().out + "-same"))
+    assert "a gap below 1" not in capsys.readouterr().out

@@ -720,13 +720,14 @@ def test_the_curve_is_the_students_on_validation_rows_and_the_table_is_of_test_r
     """On whichever rows choices are made, the final numbers must be of others."""
     split = lambda examples: {"va": 1.0, "te": 2.0}[examples[0].row["prompt"][:2]]
     monkeypatch.setattr(common, "make_evaluator", lambda cfg, teacher, tokenizer, examples: lambda model: {
-        "kl_pq": split(examples), "ce": float(is_teacher(model))})
+        "kl_pq": split(examples), "ce": float(is_teacher(model)), "kl_qp": float(is_teacher(teacher))})
     cfg = config(script, still("gpt2"), steps=2, eval_every=1)
     result = script.train(cfg)
     assert [m["kl_pq"] for m in logged(cfg.out, "valid")] == [1.0, 1.0, 1.0]
     assert {result[f"{who}.kl_pq"] for who in ("teacher", "before", "after")} == {2.0}
     assert [m["ce"] for m in logged(cfg.out, "valid")] == [0.0, 0.0, 0.0]
     assert [result[f"{who}.ce"] for who in ("teacher", "before", "after")] == [1.0, 0.0, 0.0]
+    assert [m["kl_qp"] for m in logged(cfg.out, "valid")] == [1.0] * 3 and result["after.kl_qp"] == 1.0  # held against the teacher
 
 
 @pytest.mark.parametrize("script", ["kd_forward", "llmr", "dpkd", "gold", "ddk"])
@@ -736,5 +737,8 @@ def test_the_curve_ends_at_the_last_step(any_root, tmp_path, script):
     lines = list(map(json.loads, open(f"{cfg.out}/log.jsonl")))
     assert [line["step"] for line in lines if "valid" in line] == [0, 3, 4]
     assert [line["step"] for line in lines if "loss" in line] == [0, 2, 3]
+    if script == "gold":  # of the rounds every second one and the last
+        n = 1 + max(json.loads(line)["round"] for line in open(f"{cfg.out}/samples.jsonl"))
+        assert n > 3 and [line["round"] for line in lines if "round" in line] == sorted({*range(0, n, 2), n - 1})
 
 
