@@ -159,7 +159,7 @@ def test_a_batch_of_the_sampler_has_keys_and_values_of_sixteen_gib_at_most(pair,
     assert rows * one <= 2**34 < (rows + 1) * one
 
 
-def test_grouped_heads_share_their_keys_without_a_copy(pair):
+def test_grouped_heads_share_their_keys_without_a_copy(monkeypatch):
     """The attention of one new token against heads that each get their own copy of the keys."""
     torch.manual_seed(0)
     B, heads, kv, room, D = 3, 6, 2, 9, 4
@@ -167,6 +167,7 @@ def test_grouped_heads_share_their_keys_without_a_copy(pair):
     mask = (torch.rand(B, 1, 1, room) > 0.3) | (torch.arange(room) == 0)
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = heads // kv, True
+    monkeypatch.setattr(common, "sdpa_attention_forward", None)  # which would copy them for each head
     got, _ = common.grouped_attention(module, query, key, value, mask, scaling=0.7)
     for b in range(B):
         for h in range(heads):
