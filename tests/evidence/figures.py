@@ -1,4 +1,4 @@
-"""Draw the figures of README.md and assets/results.md from the committed assets/results.jsonl.
+"""Draw the figures of README.md from the committed assets/results.jsonl.
 
     python tests/evidence/figures.py                    into assets/; needs matplotlib, which no script does
     python tests/evidence/figures.py FILE FOLDER        other records, another folder

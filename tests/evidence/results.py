@@ -4,7 +4,7 @@
     python tests/evidence/results.py --stale            run again, too, what was made by other code than is here
     python tests/evidence/results.py --rows kd sft --seeds 10       only these
     python tests/evidence/results.py --print            run nothing: the tables, from the committed records
-    python tests/evidence/results.py --again kd 12      run one row for one seed again and compare with its record
+    python tests/evidence/results.py --again kd 20      run one row for one seed again and compare with its record
 
 Seed N means: --seed N on world tiny:N, so every seed has its own teacher, labelled rows and student to start from.
 Settings and world were chosen on seeds 0-2; the tables are from seeds 20 to 24.
@@ -130,7 +130,7 @@ TABLES["gold"] = {  # reviews, each seed with its own LLM
     "gold-ood": ("gold.py --select none", ["gold-plain"], 5),
     "gold-plain": ("gold.py --no-ood", [], 5),
     # the LLM's whole distribution, neither cooled nor truncated
-    "t1": (f"gold.py {WIDE}", ["t1-plain", "t1-ood", "t1-random"], 5),
+    "t1": (f"gold.py {WIDE}", ["gold", "t1-plain", "t1-ood", "t1-random"], 5),
     "t1-random": (f"gold.py --select random {WIDE}", ["t1-ood"], 5),
     "t1-ood": (f"gold.py --select none {WIDE}", ["t1-plain"], 5),
     "t1-plain": (f"gold.py --no-ood {WIDE}", ["gold-plain"], 5),

@@ -1,7 +1,7 @@
-"""The bug museum: one-line bugs that real distillation code shipped. Each still imports and trains; a test catches each.
+"""The bug museum: one-line bugs of distillation code. Each still imports and trains; a test catches each.
 
     python tests/labs/museum.py             plant every bug in turn in a copy: `caught N of N`, in minutes
-    python tests/labs/museum.py --show 7    exhibit 7 for students: the line and three questions, no answers
+    python tests/labs/museum.py --show 7    exhibit 7 for students: the line, settings under which it bites, no answers
     python tests/labs/museum.py --only 7    plant and test it, with the answers
     python tests/labs/museum.py --check     every line stands once in its file, every named test exists: a second
 
@@ -328,6 +328,8 @@ def show(number):
     print(f"Exhibit {number}: {b.file}\n\n- {b.old.strip()}\n+ {b.new.strip()}\n\n"
           "1. What will be seen, and where? Predict it before you plant it.\n2. Which test fails? Find it by its name first.\n"
           "3. Why does the training curve look fine?")
+    if b.run:
+        print("Settings with which it bites: " + ", ".join(f"{k} = {v}" for k, v in b.run.items()))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -421,10 +423,17 @@ def check():
     return bool(wrong)
 
 
+def numbered(text):
+    if not text.isdigit() or not 1 <= int(text) <= len(BUGS):
+        raise argparse.ArgumentTypeError(f"there are exhibits 1 to {len(BUGS)}")
+    return int(text)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--show", type=int)
-    parser.add_argument("--only", type=int, nargs="+")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    exhibit = dict(type=numbered, metavar=f"1..{len(BUGS)}")
+    parser.add_argument("--show", **exhibit)
+    parser.add_argument("--only", nargs="+", **exhibit)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     if args.show:
