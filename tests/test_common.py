@@ -87,7 +87,9 @@ def test_the_order_of_the_data_is_another_for_another_seed(config):
 def test_at_most_eight_widths_when_compiled(pair, config):
     model, _ = load(pair, "gpt2")
     batches = common.Batches(examples(12), model, None, config(batch_size=4, compile=True), CPU)
-    assert len(batches.bucket_widths) <= 8 and batches.bucket_widths[-1] >= batches.length.max()
+    widths = batches.bucket_widths
+    assert widths == sorted(widths) and len(widths) <= 8 and all(w % 8 == 0 for w in widths)
+    assert 0 <= widths[-1] - batches.length.max() < 8  # no wider than needed
     assert {b.tokens.shape[1] for s in range(9) for b in batches.at(s)} <= set(batches.bucket_widths)
 
 

@@ -240,6 +240,8 @@ def test_a_chat_model_gets_the_task_in_the_users_turn_and_goes_on_from_a_forced_
     assert llm([("a cat", "")], "x") == [tokenizer.decode(ends[0][:2])]  # what ends a text is no part of it
     with pytest.raises(common.BadInput, match="leave room for 20"):
         common.LLM(common.load_model(student, CPU), tokenizer, tmp_path / "w.jsonl", 20, 4, 0).tokens("the cat " * 9, "on")
+    with pytest.raises(common.BadInput, match="leave room for 60"):  # of its 64 positions 4 are to be written
+        llm.tokens("the cat " * 40, "on")
 
 
 def test_a_base_model_reads_what_is_asked_and_begun_in_one_and_nothing_between(tmp_path):
