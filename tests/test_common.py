@@ -277,6 +277,10 @@ def test_an_answer_ends_where_a_chat_model_ends_its_turn(pair, tmp_path, ends, w
     else:
         file.write_text(json.dumps({"eos_token_id": tokenizer.convert_tokens_to_ids(ends)}))
     assert common.load_tokenizer(tmp_path / "chat", "student").eos_token == wanted
+    begin = TemplateProcessing(single="the $A", special_tokens=[("the", tokenizer.convert_tokens_to_ids("the"))])
+    tokenizer.backend_tokenizer.post_processor = begin  # as Gemma's, which puts its BOS before every text
+    tokenizer.save_pretrained(tmp_path / "chat")
+    assert common.load_tokenizer(tmp_path / "chat", "student").eos_token == wanted
     (tmp_path / "chat/chat_template.jinja").unlink()
     assert common.load_tokenizer(tmp_path / "chat", "student").eos_token == END  # no chat, no turns
 

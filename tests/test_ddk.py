@@ -397,6 +397,10 @@ def test_a_sequence_begins_as_the_tokenizer_begins_a_text(cfg, pair, tmp_path, m
     ddk.train(cfg(teacher=str(tmp_path / "teacher"), student=str(tmp_path / "student"), steps=1, mix="uniform"))
     seen = [e for e in seen if len(e.response) == 15]  # not what looks at a model's head
     assert len(seen) > 6 and all(e.prompt[0] == bos and len(e.prompt) == 2 for e in seen)
+    short = json.loads((tmp_path / "teacher/config.json").read_text()) | {"max_position_embeddings": 16}
+    (tmp_path / "teacher/config.json").write_text(json.dumps(short))
+    refused("does not fit the teacher's context of 16", ddk.train,
+            cfg(teacher=str(tmp_path / "teacher"), student=str(tmp_path / "student"), out=str(tmp_path / "short")))
 
 
 def test_another_holdout_never_meets_the_old_splits(tmp_path, cfg):

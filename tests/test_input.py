@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import flags
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig
+from transformers import BartConfig, LlamaConfig
 
 import common
 import kd_forward
@@ -107,6 +107,10 @@ def test_a_teacher_that_reads_less_than_the_student_is_told_by_name(pair):
     encoder(64, 60)
     refused("the teacher's context of 59 tokens: lower them", encoder, 64, 59)
     refused("the student's context of 59 tokens: lower them", encoder, 59, 64)
+    bart = lambda tokens: SimpleNamespace(config=BartConfig(max_position_embeddings=tokens))  # prompt and response apart
+    encoder = lambda tokens: common.row_encoder(kd_forward.Config(max_prompt=30, max_response=20), bart(tokens), None, tokenizer)
+    encoder(30)
+    refused("the student's context of 29 tokens: lower them", encoder, 29)
 
 
 GOOD = b'{"prompt": "the cat", "response": "cat the"}\n'

@@ -14,7 +14,8 @@ text is right, which wording it uses, how much probability a model gives to righ
 
 The teacher sees many labelled rows, the student the few of train.jsonl; student-kl goes on from it with the teacher's
 answers to all prompts. The student has one layer, the teacher two: which hour is meant in "from noon till six" the
-student learns on some worlds only; on the others it cannot say all of its teacher's wordings. tuning.md is the log of the search.
+student learns on some worlds only; on the others some of its teacher's wordings are out of reach. tuning.md is the log
+of the search.
 The models are made by kd_forward.py; the commands are printed and can be repeated by hand.
 """
 import argparse
