@@ -217,12 +217,12 @@ def test_the_curve_is_of_validation_rows_and_the_table_of_test_rows(gold_config,
 def test_a_task_file_and_a_t5_student_with_its_own_tokenizer(gold_config, tmp_path):
     """The real path: LLM from a directory, a user's task, data in a file, a student of another kind and vocabulary."""
     entry = TASKS["reviews"]
-    (tmp_path / "mine.json").write_text(json.dumps({**entry, "labels": {"bad": "", "good": ""}, "shots": 2,
+    (tmp_path / "mine.json").write_text(json.dumps({**entry, "labels": {"bad": "", "good": ""}, "shots": 2, "data": str(tmp_path / "rows.jsonl"),
                                                     "write": {**entry["write"], "sample": "{label} {text}"}}))
     rows = [{"text": f"the film was {w} number {i}", "label": i % 2} for i, w in enumerate(["loud", "soft"] * 30)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     _, student = make_pair("t5", tmp_path)
-    cfg = gold_config(task=str(tmp_path / "mine.json"), data=str(tmp_path / "rows.jsonl"), student=str(student), budget=16, steps=2, holdout=0.2)
+    cfg = gold_config(task=str(tmp_path / "mine.json"), data="auto", student=str(student), budget=16, steps=2, holdout=0.2)
     result = gold.train(cfg)
     assert "after.accuracy" in result and "after.modes" not in result and "after.accuracy_tail" not in result
     assert common.load_model(f"{cfg.out}/student", CPU).config.is_encoder_decoder
