@@ -400,7 +400,7 @@ def some_end(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def test_reverse_kl_runs_and_falls(control_config, kind):
-    cfg = control_config(reverse_kl, kind, steps=8, lr=3e-3, teacher_template="Sort: {prompt} =\\n")
+    cfg = control_config(reverse_kl, kind, steps=8, lr=3e-3, eval_rows=100, teacher_template="Sort: {prompt} =\\n")
     result = reverse_kl.train(cfg)
     assert result["after.kl_qp"] < result["before.kl_qp"] and result["method"] == "reverse_kl"
     assert all(0 <= r["no_end"] <= 1 and r["loss"] > 0 for r in records(cfg, "loss"))
