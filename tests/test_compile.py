@@ -1,8 +1,11 @@
 """What --compile and a GPU would run, looked at without a GPU: torch.compile with a backend that only counts."""
+import contextlib
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import any_run
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
@@ -137,6 +140,21 @@ def test_the_static_cache_keeps_its_addresses_and_forgets_its_content(pair, coun
     assert common.static_cache(model, config, "self", 2, 64, compiled=True) is first
     assert [layer.keys.data_ptr() for layer in first.layers] == addresses
     assert again == once(common.load_model(str(model.name_or_path), CPU))
+
+
+@pytest.mark.parametrize("kind, device, wanted", [("GPT2LMHeadModel", "cuda", True), ("GPTNeoForCausalLM", "cuda", False),
+                                                  ("GPT2LMHeadModel", "cpu", False)])
+def test_a_gpu_samples_on_a_static_cache_if_the_models_class_can(kind, device, wanted, monkeypatch):
+    """GPT-Neo takes the width of a cache for the position; who would sample is asked for no sample here."""
+    seen, generator = [], SimpleNamespace(manual_seed=lambda seed: None)
+    model = SimpleNamespace(device=torch.device(device), dtype=torch.float32, training=False, eval=lambda: None, train=lambda mode: None,
+                            _can_compile_fullgraph=getattr(transformers, kind)._can_compile_fullgraph)
+    monkeypatch.setattr(torch, "Generator", lambda device: generator)
+    monkeypatch.setattr(common, "cache_rows", lambda model, length: 8)
+    monkeypatch.setattr(common, "attention", lambda model, name: contextlib.nullcontext())
+    monkeypatch.setattr(common, "_sample_batch", lambda *args: seen.append(args[-1]) or (torch.ones(1, 2), torch.zeros(1, 2)))
+    common.sample(model, [[5, 6]], 2, eos=1)
+    assert seen == [wanted]
 
 
 def test_static_caches_are_kept_for_graphs_only_and_not_without_end(pair, counter, monkeypatch):
