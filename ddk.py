@@ -1,209 +1,262 @@
 """DDK: distil more on the domains in which the student lags behind the teacher.
 
 Liu et al., "DDK: Distilling Domain Knowledge for Efficient Large Language Models", NeurIPS 2024,
-https://arxiv.org/abs/2407.16154; implemented from the paper's text: official code was not found.
+https://arxiv.org/abs/2407.16154; implemented from the paper's text, since no official code was found.
 
-The corpus is split into N domains. Let l_q[i] and l_p[i] be the perplexities of student q and frozen
-teacher p on fixed validation sequences of domain i, and t the number of an interval of K optimizer steps.
-For all i at once:
+The corpus is split into D domains. CE_q[i] and CE_p[i] are the cross entropies of student q and frozen
+teacher p on fixed validation text of domain i. An interval is K optimizer steps. For all i at once:
 
-    rho     = l_q / l_p = exp(CE_q - CE_p)                    the gap: domain discrepancy factor
-    r_0     = softmax(rho_0)                                  prior, from the student as given          (1)
-    psi     = r_t exp(rho_{t+1})                              rho_{t+1}: at the start of interval t+1
-    r_{t+1} = alpha psi / sum(psi) + (1 - alpha) / N          factor smooth updating                    (2)
+    gap     = ppl_q / ppl_p = exp(CE_q - CE_p)                the paper's rho: ratio of perplexities
+    r_0     = softmax(gap_0)                                  from the student as given                 (1)
+    psi     = r_t exp(gap_{t+1})                              gaps at the start of interval t + 1
+    r_{t+1} = smoothing psi / sum(psi) + (1 - smoothing) / D  factor smooth updating                    (2)
     L       = CE + gamma KL(p_tau||q_tau)                     mean over the tokens of the step          (3)
 
-    p_tau = softmax(teacher_logits / tau). Interval 0 is drawn in natural proportion, the others by r_1,
-    r_2, ... In the code log l_q is `student_ce`, log l_p `teacher_ce`, r `shares`, kept as `log_shares`; K
-    = cfg.interval; alpha, gamma and tau are cfg's. CE is a mean over tokens, in nats.
+    p_tau = softmax(teacher_logits / tau), q_tau likewise. In the code: r shares, kept as log_shares; K
+    cfg.interval; smoothing, the paper's alpha, gamma and tau are cfg's.
 
-(2) is no moving average: the old shares are multiplied by exp(rho), and a part 1 - alpha is always the
-uniform mixture. So (1-alpha)/N <= r <= alpha + (1-alpha)/N: at alpha = .5 half of all data is uniform. Only
-differences of rho count. The irreducible entropy of a domain cancels in rho, so a domain of noise gets
-little more than the floor.
+(2) multiplies the old shares by exp(gap); it is no moving average. A part 1 - smoothing of the data is always
+uniform, so no domain starves. Only differences between gaps count. The entropy that nobody can predict
+cancels in a gap, so a domain of noise gets hardly more than the floor.
 
 What differs from the paper, and what it leaves open:
- 1. KL(p||q), the "forward" one. The paper prints KL(student, teacher); we read it as the arguments of
+ 1. KL(p||q), the "forward" KL. The paper prints KL(student, teacher); we read it as the arguments of
     F.kl_div, which takes the student first and computes KL(teacher||student).
- 2. (3) is printed over validation data. Here it is over the batches that r drew, as in its Algorithm 1. No
-    tau^2.
- 3. The paper draws interval 0 as a "random sample": here domains in proportion to their sequences.
- 4. Each sequence of a step draws its domain by r. A domain goes through all its sequences, reshuffled,
-    before one repeats, across intervals. Documents are separated by EOS and packed; a sequence may look
-    back over an EOS.
- 5. The teacher is measured once, for it does not change. The gaps of the final table are of a test split,
-    which steered nothing; those during the run are of the validation split, which did.
+ 2. (3) is over the training batches that r drew, as in Algorithm 1, and has no factor tau^2.
+ 3. Interval 0, the paper's "random sample", takes domains in natural proportion: r_0 is a prior only.
+ 4. A domain goes through all its sequences, reshuffled, before one repeats. Documents are packed with EOS.
+ 5. The teacher is measured once, because it never changes. Test text steers nothing.
  6. AdamW, batch size, clipping and weight decay are ours: the paper is silent.
 
-What to watch: `gap_<domain>` on the validation split falls towards 1 (below 1 the student is the better one
-there) and `share_<domain>` follows it. `worst_gap` is what the method works on; read `mean_ce` beside it,
-since a mixture only moves effort around. The training loss says little: it changes with the mixture.
+What to watch: `gap_<domain>` falls towards 1, and `share_<domain>` follows it. `worst_gap` is what the method
+works on; read `mean_ce` beside it, since a mixture only moves effort around.
 
     python ddk.py                                       DDK on six small domains
-    python ddk.py --mix uniform                         the same steps, every domain equally often
+    python ddk.py --mix uniform                         every domain equally often
     python ddk.py --mix natural                         in proportion to the corpus: plain KD
-    python ddk.py --mix no-smoothing                    r = softmax(rho) from interval 1 on, without a floor
+    python ddk.py --mix no-smoothing                    r = softmax(gap) in every interval
     python ddk.py --mix code=.4,prose=.3,log=.1,json=.1,csv=.05,noise=.05      any fixed mixture
-    python ddk.py --gamma 0                             the mixture without distillation
-    python ddk.py --domains notes=notes.txt,code=src    your own files and folders, with the tiny models
     python ddk.py --teacher Qwen/Qwen1.5-14B --student Qwen/Qwen1.5-1.8B --data corpus --max-tokens 2048 \
         --lr 3e-5 --steps 30000 --batch-size 256 --accum 64 --interval 1000 --warmup 1000 --gap-rows 500
 """
 import math
 import random
+import re
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 import common
 
+PREPARE = common.HERE / "data/domains/prepare.py"
+
 
 @dataclass
 class Config(common.Settings):
-    # method
     mix: str = "ddk"                 # ddk, no-smoothing (Eq. 1 alone), uniform, natural, or name=share,...
     interval: int = 30               # K: steps between measuring gaps; 1000 in the paper, of 30,000
-    alpha: float = 0.5               # share of data that follows the gaps; at 1 a domain may starve
+    smoothing: float = 0.5           # share of data that follows the gaps; at 1 a domain may starve
     gamma: float = 0.2               # weight of the KL beside CE; 0: no distillation
-    tau: float = 1.0                 # temperature of both KL softmaxes
+    tau: float = 1.0                 # temperature of both softmaxes in the KL
     gap_rows: int = 64               # validation sequences of a domain behind each gap; 500 in the paper
-    data: str = "tiny"               # folder with a file or folder for each domain; tiny, tiny:N: world N
-    domains: str = ""                # or one by one: name=source,...; a file, folder, pattern, hub data
-    domain_tokens: int = 0           # most training tokens of a domain, e.g. of large hub data; 0: all
+    data: str = str(PREPARE.parent)  # folder with a file or folder of text for each domain
+    domains: str = ""                # or one by one: name=source,...; a file, folder, pattern or hub name
     max_tokens: int = 64             # tokens of a packed sequence; 2048 or more for pretrained models
-    # optimization
     steps: int = 600                 # optimizer steps; 0 only evaluates
     batch_size: int = 24             # sequences of one optimizer step
-    accum: int = 1                   # micro-batches they are split into: raise it when memory runs out
-    lr: float = 3e-3                 # peak; right for the tiny world, 1e-5 to 5e-5 for pretrained models
-    warmup: int = 20                 # steps of linear warm-up; after it a cosine down to a tenth of lr
-    weight_decay: float = 0.01       # AdamW's
-    clip: float = 1.0                # largest gradient norm
     eval_every: int = 30             # steps between lines on the validation gaps; DDK adds its intervals
     eval_rows: int = 200             # most test sequences of a domain
 
-    # shared settings without effect here: setting one is an error
-    unused = ("prompt_field", "response_field", "template", "teacher_template", "max_prompt",
-              "max_response", "eval_temperature", "kl_on", "cache_gib")
+    unused = ("response", "template", "teacher_template", "max_prompt", "max_response", "eval_temperature",
+              "kl_on")
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The method
 # ----------------------------------------------------------------------------------------------------------
-# R: the response tokens of a micro-batch, one row each, sequence after sequence; V vocabulary, H hidden
-# size, N domains. No row is a prompt token or padding, so no loss needs a mask.
+# D: domains. R: predicted tokens of a batch, r: of a chunk of it, V: vocabulary, H: hidden size.
 def domain_gap(student_ce, teacher_ce):
-    """rho: the ratio of the perplexities, from cross entropies in nats a token. (N,), (N,) -> (N,)."""
+    """The ratio of the perplexities, from cross entropies in nats per token. (D,), (D,) -> (D,)."""
     return (student_ce - teacher_ce).clamp(max=700).exp()  # exp(710) is infinite, and shares would be NaN
 
 
-def prior(rho):
-    """Eq. 1, as logarithms. (N,) -> (N,)."""
-    return rho.log_softmax(-1)
+def prior(gap):
+    """Eq. 1, as logarithms. (D,) -> (D,)."""
+    return gap.log_softmax(-1)
 
 
-def mixture(log_shares, rho, alpha):
-    """Eq. 2 on logarithms: exp(rho) itself would overflow from rho = 710 on. (N,), (N,) -> (N,)."""
-    log_psi = (log_shares + rho).log_softmax(-1)  # old shares are multiplied, not averaged
+def mixture(log_shares, gap, smoothing):
+    """Eq. 2 on logarithms, because exp(gap) itself would overflow. (D,), (D,) -> (D,)."""
+    log_psi = (log_shares + gap).log_softmax(-1)  # old shares are multiplied, not averaged
     log = lambda x: math.log(x) if x > 0 else -math.inf
-    uniform = torch.full_like(rho, log((1 - alpha) / len(rho)))
-    return torch.logaddexp(log_psi + log(alpha), uniform)
+    uniform = torch.full_like(gap, log((1 - smoothing) / len(gap)))
+    return torch.logaddexp(log_psi + log(smoothing), uniform)
 
 
 def distill_loss(student_logits, teacher_logits, targets, gamma, tau):
-    """Eq. 3 of each row, with its two terms. (R,V), (R,V) or None, (R,) -> three (R,)."""
-    logq = F.log_softmax(student_logits, -1)       # (R,V)
-    ce = -logq.gather(-1, targets[:, None])[:, 0]  # (R,)
-    if teacher_logits is None:  # gamma = 0 needs no teacher; KL is not measured then, and logged as 0
+    """Eq. 3 of each row, and its two terms. (r,V), (r,V) or None, (r,) -> three (r,)."""
+    ce = F.cross_entropy(student_logits, targets, reduction="none")  # (r,)
+    if teacher_logits is None:  # gamma = 0 needs no teacher; the KL is not measured then, and logged as 0
         return ce, ce, torch.zeros_like(ce)
-    if tau != 1:  # at tau = 1 this would cost a pass over (R,V) and change nothing
-        logq = F.log_softmax(student_logits / tau, -1)
-        teacher_logits = teacher_logits / tau
-    # KL(p||q) written out: F.kl_div takes its arguments the other way round
-    logp = F.log_softmax(teacher_logits, -1)       # (R,V)
-    kl = (logp.exp() * (logp - logq)).sum(-1)      # (R,)
+    # KL(p||q) written out, because F.kl_div takes its arguments the other way round
+    logp = F.log_softmax(teacher_logits / tau, -1)  # (r,V)
+    logq = F.log_softmax(student_logits / tau, -1)  # (r,V)
+    kl = (logp.exp() * (logp - logq)).sum(-1)       # (r,)
     return ce + gamma * kl, ce, kl
 
 
 class DomainSampler:
-    """The shares and what they drew: all that a resumed run needs to know about the data."""
+    """The shares, and what they have drawn: all that a resumed run needs to know about the mixture."""
 
     def __init__(self, sizes, seed):
         self.sizes, self.seed = sizes, seed                        # sequences of each domain
-        self.log_shares = None                                     # (N,) r, once the gaps have been seen
+        self.log_shares = None                                     # (D,) r, once gaps were measured
         self.drawn = torch.zeros(len(sizes), dtype=torch.long)     # sequences drawn of each domain so far
         self.total = torch.zeros(len(sizes), dtype=torch.float64)  # sum of the shares over steps
         self.order = {}                                            # domain: (epoch, its permutation)
-        self.seconds = 0.0                                         # spent on measuring gaps that steer
 
     def generator(self, *what):
-        """Noise of its own for each purpose, e.g. ("step", 7): the same after resuming, in every
-        process."""
+        """Random numbers of their own for each purpose, such as ("step", 7): the same in every process."""
         return torch.Generator().manual_seed(random.Random(repr((self.seed, *what))).getrandbits(62))
 
     def draw(self, step, size, shares):
-        """(domain, sequence) of each of `size` draws: the domain by chance, then that domain's next
-        sequence."""
+        """(domain, sequence) of each of `size` draws: a random domain, then its next sequence."""
         self.total += shares
-        out = []
-        noise = self.generator("step", step)
-        for i in torch.multinomial(shares, size, replacement=True, generator=noise).tolist():
+        drawn, generator = [], self.generator("step", step)
+        for i in torch.multinomial(shares, size, replacement=True, generator=generator).tolist():
             epoch, at = divmod(int(self.drawn[i]), self.sizes[i])
-            if self.order.get(i, (None,))[0] != epoch:  # a new order for every pass through it
-                noise = self.generator("epoch", i, epoch)
-                self.order[i] = epoch, torch.randperm(self.sizes[i], generator=noise)
-            out.append((i, int(self.order[i][1][at])))
+            if self.order.get(i, (None,))[0] != epoch:  # a new order for every pass through a domain
+                generator = self.generator("epoch", i, epoch)
+                self.order[i] = epoch, torch.randperm(self.sizes[i], generator=generator)
+            drawn.append((i, int(self.order[i][1][at])))
             self.drawn[i] += 1
-        return out
+        return drawn
 
     def state_dict(self):
-        return {k: getattr(self, k) for k in ("sizes", "log_shares", "drawn", "total", "seconds")}
+        return {k: getattr(self, k) for k in ("log_shares", "drawn", "total")}
 
     def load_state_dict(self, state):
-        if state["sizes"] != self.sizes:
-            raise common.BadInput("--resume: the corpus has changed since this run began: choose a new "
-                                  "--out")
         vars(self).update(state)
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Domains
+# ----------------------------------------------------------------------------------------------------------
+def parse_pairs(text, flag):
+    """"code=src,prose=notes.txt" -> {"code": "src", "prose": "notes.txt"}."""
+    pairs = [[x.strip() for x in part.partition("=")[::2]] for part in text.split(",")]
+    wrong = [p for p in pairs if not re.fullmatch(r"[\w.-]+", p[0]) or not p[1]]
+    if wrong or len(dict(pairs)) < len(pairs):
+        raise common.BadInput(f"{flag} {text}: name=value,name=value is wanted, each name once")
+    return dict(pairs)
+
+
+def find_domains(cfg):
+    """{name: source} of --domains, or of the folder --data, in the order of the names."""
+    if cfg.domains:
+        return parse_pairs(cfg.domains, "--domains")
+    folder = Path(cfg.data).expanduser()
+    if cfg.data == Config.data and not (folder / "text").is_dir():
+        command = [sys.executable, str(PREPARE), str(folder), "--text"]
+        if common.from_process_0(lambda: subprocess.run(command).returncode):
+            raise common.BadInput(f"{' '.join(command)} failed: see above")
+    folder = folder / "text" if (folder / "text").is_dir() else folder
+    if not folder.is_dir():
+        raise common.BadInput(f"--data {cfg.data}: a folder with a file or folder of text for each domain is wanted")
+    files = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
+    names = [p.name.split(".")[0] for p in files]
+    if len(set(names)) < max(2, len(names)):
+        raise common.BadInput(f"--data {cfg.data}: two or more domains with different names are wanted, and it has "
+                              f"{', '.join(p.name for p in files) or 'none'}")
+    return dict(zip(names, map(str, files)))
+
+
+def load_domains(cfg, sources, student, teacher):
+    """SimpleNamespace(names, train, valid, test): train {name: sequences of --max-tokens tokens}, kept on disk;
+    valid and test {name: at most --gap-rows and --eval-rows Examples}."""
+    before = common.around(student.tokenizer)[0]  # [BOS], for a tokenizer that has one
+    for model, role in ((student, "student"), (teacher, "teacher")):
+        context = model and common.context_of(model)
+        if model and model.config.is_encoder_decoder:
+            raise common.BadInput(f"the {role} is an encoder-decoder: running text needs a decoder-only model")
+        if context and len(before) + cfg.max_tokens > context:
+            raise common.BadInput(f"--max-tokens {cfg.max_tokens} does not fit the {role}'s context of {context} tokens")
+    data = SimpleNamespace(names=list(sources), train={}, valid={}, test={}, before=before)
+    for name, source in sources.items():
+        with common.blaming(f"domain {name}"):
+            texts = common.documents(source)
+            packed = {s: common.pack(texts, student.tokenizer, cfg.max_tokens, s, cfg.holdout)
+                      for s in ("train", "valid", "test")}
+        if not len(packed["valid"]) or not len(packed["test"]):  # one long text: hold out its end
+            whole = common.pack(texts, student.tokenizer, cfg.max_tokens)
+            held = int(cfg.holdout * len(whole))
+            packed = {"train": whole[:len(whole) - 2 * held], "valid": whole[len(whole) - 2 * held:len(whole) - held],
+                      "test": whole[len(whole) - held:]}
+        for split, rows in packed.items():
+            if not len(rows):
+                raise common.BadInput(f"domain {name}: too little text for {split}: give more of it, a larger "
+                                      "--holdout or a smaller --max-tokens")
+        data.train[name] = packed["train"]
+        data.valid[name] = [sequence(t, data.before, name) for t in common.spread(packed["valid"], cfg.gap_rows)]
+        data.test[name] = [sequence(t, data.before, name) for t in common.spread(packed["test"], cfg.eval_rows)]
+    measured = [e for split in (data.valid, data.test) for part in split.values() for e in part]
+    common.check_tokens(measured, student, teacher)
+    sizes = {name: len(rows) for name, rows in data.train.items()}
+    data.hash = common.hash_of([sizes, [e.response for e in measured]])
+    counts = [f"{n} {len(data.train[n])} {len(data.valid[n])} {len(data.test[n])}" for n in data.names]
+    print(f"data: sequences of {cfg.max_tokens} tokens (training, validation, test): {', '.join(counts)}", flush=True)
+    return data
+
+
+def sequence(tokens, before, name):
+    """A packed sequence -> Example: BOS, if there is one, and the first token are the prompt."""
+    tokens = [int(t) for t in tokens]
+    prompt = before + tokens[:1]
+    return common.Example(prompt, prompt, tokens[1:], {"where": f"domain {name}"})
+
+
 def fixed_shares(mix, names, sizes):
-    """The shares of a mixture that does not follow the gaps; natural ones also for interval 0. -> (N,)
-    float64."""
+    """The shares of a mixture that does not follow the gaps; for DDK the natural ones. -> (D,) float64."""
     if "=" not in mix:
         shares = [1.0] * len(sizes) if mix == "uniform" else sizes
     else:
-        found = common.parse_pairs(mix, "--mix")
-        try:
-            shares = [float(found.pop(name)) for name in names]
-        except (KeyError, ValueError):
-            shares = [-1.0]
-        if found or min(shares) < 0 or not 0.99 <= sum(shares) <= 1.01:
-            raise common.BadInput(f"--mix {mix}: shares of 0 or more, together 1, are wanted "
-                                  f"for {', '.join(names)}")
+        found = parse_pairs(mix, "--mix")
+        with common.blaming(f"--mix {mix}"):
+            shares = [float(found.get(name, -1)) for name in names]
+        if set(found) != set(names) or min(shares) < 0 or not 0.99 <= sum(shares) <= 1.01:
+            raise common.BadInput(f"--mix {mix}: shares of 0 or more, together 1, are wanted for {', '.join(names)}")
     shares = torch.tensor(shares, dtype=torch.float64)
     return shares / shares.sum()
 
 
 def domain_ce(model, examples, cfg):
-    """Mean cross entropy in nats a token on each domain's fixed sequences: {name: Examples} -> (N,)
-    float64."""
-    nll = lambda logits, _, targets: (-common.log_softmax_at(logits, targets),)
-    size = cfg.batch_size // cfg.accum  # what fits in training fits here
-    total = lambda part: common.per_response(nll, model, None, part, cfg, batch_size=size).sum()
-    means = [total(part) / sum(len(e.response) for e in part) for part in examples.values()]
-    return common.broadcast(torch.stack(means))
+    """Cross entropy in nats per token on each domain's fixed sequences: {name: Examples} -> (D,) float64."""
+    means = []
+    for part in examples.values():
+        log_likelihood = common.per_response(common.log_likelihood, model, part, cfg, batch_size=cfg.batch_size)
+        means.append(-log_likelihood.sum() / sum(len(e.response) for e in part))
+    return common.from_process_0(lambda: torch.stack(means))  # all must draw by the same shares
+
+
+MEANINGS = {
+    "worst_gap": "largest gap of a domain; 1 is the teacher's level, lower is better",
+    "mean_gap": "mean of the gaps; lower is better",
+    "mean_ce": "mean cross entropy of the domains, nats per token; lower is better",
+}
 
 
 def metrics(names, student_ce, teacher_ce, shares=None):
-    """What is reported of a model: gaps to the teacher, where there is one, perplexities and shares by
-    domain."""
+    """What is reported of a model: gaps to the teacher, where there is one, perplexities, and shares."""
     m = {}
     if teacher_ce is not None:
-        rho = domain_gap(student_ce, teacher_ce)
-        m = {"worst_gap": rho.max().item(), "mean_gap": rho.mean().item()}
-        m |= {f"gap_{n}": x for n, x in zip(names, rho.tolist())}
+        gap = domain_gap(student_ce, teacher_ce)
+        m = {"worst_gap": gap.max().item(), "mean_gap": gap.mean().item()}
+        m |= {f"gap_{n}": x for n, x in zip(names, gap.tolist())}
     m["mean_ce"] = student_ce.mean().item()
     m |= {f"ppl_{n}": x for n, x in zip(names, student_ce.exp().tolist())}
     if shares is not None:
@@ -215,86 +268,75 @@ def metrics(names, student_ce, teacher_ce, shares=None):
 # The loop
 # ----------------------------------------------------------------------------------------------------------
 def train(cfg) -> dict:
-    """One run: it fills out/<name>/ and returns its final metrics."""
-    common.check_settings(cfg, interval=(1, 10**9), alpha=(0, 1), gamma=(0, 1e9), tau=(1e-3, 1e3),
-                          max_tokens=(2, 10**9), gap_rows=(1, 10**9), domain_tokens=(0, 10**15))
-    if "=" not in cfg.mix and cfg.mix not in ("ddk", "no-smoothing", "uniform", "natural"):
-        raise common.BadInput(f"--mix {cfg.mix}: ddk, no-smoothing, uniform, natural, or "
-                              "name=share,name=share")
+    """One run: it fills its directory and returns its final metrics."""
+    common.check_settings(cfg, interval=(1, 10**9), smoothing=(0, 1), gamma=(0, 1e9), tau=(1e-3, 1e3),
+                          max_tokens=(2, 10**9), gap_rows=(1, 10**9))
+    steered = cfg.mix in ("ddk", "no-smoothing")  # else gaps are measured for the log only
+    if "=" not in cfg.mix and not steered and cfg.mix not in ("uniform", "natural"):
+        raise common.BadInput(f"--mix {cfg.mix}: ddk, no-smoothing, uniform, natural or name=share,name=share")
+    if cfg.teacher == "none" and (cfg.gamma > 0 or steered):
+        raise common.BadInput("--teacher none: only --gamma 0 with a fixed --mix needs no teacher")
     run = common.Run(cfg, __file__)
-    if run.finished:
-        return run.finished
-    device, dtype = run.device, common.compute_dtype(cfg, run.device)
 
-    # models: the teacher is frozen, in the compute dtype; the student keeps fp32 weights, cast on the fly
-    student, teacher, tokenizer = common.load_pair(cfg, device, world="domains")
-    steered = cfg.mix in ("ddk", "no-smoothing")  # else the gaps are measured for the log only
-    if teacher is None and (cfg.gamma > 0 or steered):
-        raise common.BadInput(f"--teacher none: --gamma {cfg.gamma} with --mix {cfg.mix} needs a teacher")
+    # data and models: the teacher is frozen, in the compute dtype; the student's weights are fp32
+    sources = find_domains(cfg)
+    student, teacher = common.load_pair(cfg, run.device)
+    data = load_domains(cfg, sources, student, teacher)
+    names = data.names
+    sampler = DomainSampler([len(data.train[n]) for n in names], cfg.seed)
+    fixed = fixed_shares(cfg.mix, names, sampler.sizes)
 
-    # data
-    data = common.load_domains(cfg, student, teacher, tokenizer)
-    sampler = DomainSampler([len(data.train[n]) for n in data.names], cfg.seed)
-    fixed = fixed_shares(cfg.mix, data.names, sampler.sizes)
+    teacher_ce = domain_ce(teacher, data.valid, cfg) if teacher else None   # (D,)
+    teacher_test = domain_ce(teacher, data.test, cfg) if teacher else None  # (D,)
+    before = metrics(names, domain_ce(student, data.test, cfg), teacher_test)
 
-    # what is called in the loop: see kd_forward.py
-    student_fwd = common.response_states(student, cfg.compile)
-    teacher_fwd = common.response_states(teacher, cfg.compile) if cfg.gamma > 0 else None
-    compiled_loss = common.try_compile(distill_loss) if cfg.compile else distill_loss
-
-    def row_loss(student_logits, teacher_logits, targets):
-        return compiled_loss(student_logits, teacher_logits, targets, cfg.gamma, cfg.tau)
-
-    teacher_ce = domain_ce(teacher, data.valid, cfg) if teacher else None   # (N,)
-    teacher_test = domain_ce(teacher, data.test, cfg) if teacher else None  # (N,)
-    # ahead of run.start, which may load a later student from a checkpoint
-    before = metrics(data.names, domain_ce(student, data.test, cfg), teacher_test)
-
-    # optimizer; beta_2 = 0.98 averages squared gradients over 50 steps, not 1000: runs have a few hundred
+    # beta_2 = 0.98 averages squared gradients over 50 steps instead of 1000: runs have a few hundred
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
-    start = run.start(student=student, optimizer=optimizer, sampler=sampler)
+    parts = {"student": student, "optimizer": optimizer, "sampler": sampler}  # what a checkpoint holds
+    start = run.start(data.hash, **parts)
+    loss_of = torch.compile(distill_loss, dynamic=True) if cfg.compile else distill_loss
     student.train()
 
-    for step in range(start, cfg.steps + 1):
+    for step in range(start, cfg.steps):
         new_interval = steered and step % cfg.interval == 0
-        measure = new_interval or step % cfg.eval_every == 0 or step == cfg.steps
-        if measure:
-            began = run.elapsed()
+        measured = new_interval or step % cfg.eval_every == 0
+        if measured:
             student_ce = domain_ce(student, data.valid, cfg)
-            sampler.seconds += run.elapsed() - began if new_interval else 0.0
             if not student_ce.isfinite().all():
                 run.fail(step, "the cross entropy of a domain is no longer a finite number")
         if new_interval:
-            rho = domain_gap(student_ce, teacher_ce)
+            gap = domain_gap(student_ce, teacher_ce)
             first = step == 0 or cfg.mix == "no-smoothing"
-            sampler.log_shares = prior(rho) if first else mixture(sampler.log_shares, rho, cfg.alpha)
+            sampler.log_shares = prior(gap) if first else mixture(sampler.log_shares, gap, cfg.smoothing)
         # r_0 is a prior only: interval 0 is drawn in natural proportion
         shares = sampler.log_shares.exp() if steered and step >= cfg.interval else fixed
-        if measure:
-            run.evaluated(step, metrics(data.names, student_ce, teacher_ce, shares))
-        if step == cfg.steps:
-            break
-
+        if measured:
+            run.evaluated(step, metrics(names, student_ce, teacher_ce, shares))
         lr = common.lr_at(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # one step over accum micro-batches: sums are divided once, by the tokens of the whole step
-        rank, n = common.processes()  # under torchrun each takes every n-th sequence
+        rank, n = common.processes()  # under torchrun each process takes every n-th sequence
         drawn = sampler.draw(step, cfg.batch_size, shares)[rank::n]
-        drawn = [common.sequence(data.train[data.names[i]][j], data.bos) for i, j in drawn]
-        n_tokens = common.all_reduce_sum(sum(len(e.response) for e in drawn))
-        size, totals = len(drawn) // cfg.accum, 0.0
-        for i in range(0, len(drawn), size):
-            batch = common.collate(drawn[i:i + size], student).to(device)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                student_hidden = student_fwd(batch)                           # (R,H)
-                teacher_hidden = teacher_fwd(batch) if teacher_fwd else None  # (R,H)
-            sums = common.rowwise_loss(row_loss, student, student_hidden, batch.targets,
-                                       teacher if teacher_fwd else None, teacher_hidden)  # (3,) loss CE KL
-            (sums[0] / n_tokens).backward()
-            totals = totals + sums.detach() / n_tokens
+        chosen = [sequence(data.train[names[i]][j], data.before, names[i]) for i, j in drawn]
+        micro = common.micro_batches(chosen, student, teacher, cfg)
+        n_tokens = common.all_reduce_sum(sum(len(b.targets) for b in micro))
+        totals = torch.zeros(3, device=run.device)
+        for batch in micro:
+            with common.precision(cfg, run.device):
+                student_hidden = common.response_states(student, batch)                 # (R,H)
+                if cfg.gamma > 0:  # no graph: the teacher is frozen
+                    teacher_hidden = common.response_states(teacher, batch)             # (R,H)
+            for rows, part in common.in_chunks(student_hidden, student):  # all logits would fill the memory
+                student_logits = common.logits_of(student, part)                        # (r,V)
+                teacher_logits = None
+                if cfg.gamma > 0:
+                    teacher_logits = common.logits_of(teacher, teacher_hidden[rows])    # (r,V)
+                loss, ce, kl = loss_of(student_logits, teacher_logits, batch.targets[rows], cfg.gamma, cfg.tau)
+                (loss.sum() / n_tokens).backward()  # one denominator for the whole step
+                totals += torch.stack([loss.detach().sum(), ce.detach().sum(), kl.detach().sum()])
+        totals /= n_tokens
         common.reduce_gradients(student, totals)
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
         optimizer.step()
@@ -303,15 +345,13 @@ def train(cfg) -> dict:
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
             loss, ce, kl = totals.tolist()
             run.log(step, loss=loss, ce=ce, kl=kl, grad_norm=grad_norm.item(), lr=lr, tokens=n_tokens)
-        run.end_step(step + 1, student=student, optimizer=optimizer, sampler=sampler)
+        run.end_step(step + 1, **parts)
 
-    if steered and domain_gap(student_ce, teacher_ce).min() < 1:  # legal; Eq. 2 looks at differences only
-        run.print("a gap below 1: the student is ahead of the teacher in that domain")
-    report = {"teacher": metrics(data.names, teacher_test, teacher_test)} if teacher else {}
-    mean_shares = sampler.total / max(1, cfg.steps)
-    after = metrics(data.names, domain_ce(student, data.test, cfg), teacher_test, mean_shares)
-    return run.finish(student, tokenizer, {**report, "before": before, "after": after}, corpus=data.sha1,
-                      gap_seconds=round(sampler.seconds, 2))
+    rows = {"teacher": metrics(names, teacher_test, teacher_test)} if teacher else {}
+    shares = sampler.total / max(1, cfg.steps)  # their mean over the run
+    rows |= {"before": before, "after": metrics(names, domain_ce(student, data.test, cfg), teacher_test, shares)}
+    meanings = MEANINGS | {f"gap_{n}": f"its mean share of the data: {share:.2f}" for n, share in zip(names, shares)}
+    return run.finish(student, rows, meanings)
 
 
 if __name__ == "__main__":

@@ -5,137 +5,131 @@ Out-of-Distribution-Guided Language Data Generation", Findings of NAACL 2024,
 https://arxiv.org/abs/2403.19754; code: https://github.com/mgholamikn/GOLD. (A trainer of that name in
 Hugging Face's TRL is another method.)
 
-The LLM p is a black box that gives text only. A task comes as a description, K real samples and, for
-classification, its labels. Round t asks for b training samples X_t, then for b samples V_t that are to be
-different. Of V_t the strange ones, yet not the strangest, are the feedback F_t: the next round, if its
-number is even, shows them to the LLM, so that it writes more like them.
+The LLM p is a black box that gives text only. A task brings a description, K real samples and, for
+classification, labels. Round t asks for b training samples X_t, and then for b samples V_t that are to be
+different ("OOD prompt"). Of V_t the strange ones, yet not the strangest, are the feedback F_t, which the next
+round shows to the LLM if its number is even.
 
-    X_t = p(task + real samples + F_{t-1})                    F in even rounds only, in (2), too         (1)
-    V_t = p(task + real samples + F_{t-1} + X_t[:2] + "different from all above")                        (2)
-    E(x,y) = - mean_j log sum_v exp f_v(x, y_<j)              energy; f_v: the scorer's logit of token v (3)
-    F_t = the samples of V_t with rank floor(.5 b) to floor(.8 b) - 1 by energy, counted from 0          (4)
+    X_t = p(task + real samples + F_{t-1})                                                              (1)
+    V_t = p(task + real samples + F_{t-1} + X_t[:2] + "different from all above")                       (2)
+    E(x,y) = - mean_j log sum_v exp f_v(x, y_<j)            energy; f_v: the scorer's logit of token v  (3)
+    F_t = the samples of V_t with rank floor(.5 b) to floor(.8 b) - 1 by energy, counted from 0         (4)
 
-For classification the label is drawn first and the LLM writes a text for it; else it writes text and answer
-together. All of X_t and V_t go to the data set. The scorer f is a copy of the student, trained on what
-there is every few rounds (up to round --retrain it is the student as given): its energy is high where it
-has seen little. At the end a fresh student q learns y from x on the whole budget, by symmetric cross
-entropy. Its second term is bounded, and its gradient goes with q_y: a label that the student finds
-unlikely, as wrong ones are, gets hardly any of it.
+X_t and V_t all join the data set. For classification a label is drawn first and the LLM writes a text for it.
+The scorer f is a copy of the student that is trained every few rounds on what there is; its energy is high
+where it has seen little. At the end a fresh student q learns y from x by symmetric cross entropy:
 
-    L = mean over response tokens of alpha (-log q_y) + beta (-log 1e-4) (1 - q_y)                       (5)
+    L = mean over response tokens of ce_weight (-log q_y) + reverse_ce_weight (-log 1e-4) (1 - q_y)     (5)
 
-    q_y is the student's probability of the observed token. In the code X_t is `fresh`, V_t `strange`, F
-    `feedback`, K the task's "shots", b cfg.round_size; alpha and beta are cfg's. The y_j include EOS. Ranks
-    from .8 b on are left out as most likely noise.
+    q_y is the probability of the observed token. The second term is bounded: a label that the student finds
+    unlikely, as wrong ones are, gets hardly any gradient from it. In the code: X_t fresh, V_t strange, F
+    feedback, K the task's "shots", b cfg.round_size; the weights are the paper's alpha and beta.
 
-What the LLM is sent for V_t in the task `rte`, shortened to one real sample; the others, F_{t-1} and
-X_t[:2] follow as Sample 2, 3 and so on (the student learns "rte sentence1: .. sentence2: .." -> label):
+What differs from the paper (we know its abstract and the released code, which does not run as it is):
+ 1. Energies and losses skip padding. The code averages over answers that are padded to 32 tokens.
+ 2. The budget counts samples. The code counts files, which leaves half of the rounds unused.
+ 3. Samples that do not parse, and texts of validation or test rows, are asked for again.
+ 4. V_t comes in every round, for all tasks. In a prompt a label stands before its text.
+ 5. Equations are read by a parser; the code calls Python's eval.
 
-    Each sample of this task has a Sentence1 and a Sentence2. The label is entailment if ...
+What to watch: `accuracy` on real test rows. `energy` has no zero, so compare it within a round only. `asked`
+is how many texts the LLM wrote for each sample kept. Where topics are known, `modes` and `tail_mass` should
+rise and `garbage` should not.
 
-    Sample 1:
-    Label: not_entailment
-    Sentence1: The bridge was closed in 1994.
-    Sentence2: The bridge is open.
-
-    Write one more sample of this task, new and complete, in the same form, and nothing after it.
-
-and its answer is begun for it, up to the first thing that it is to write:
-
-    Here is a new sample. Sentence2 follows from Sentence1. It is about another topic, from another domain,
-    and very different from every sample above.
-
-    Label: entailment
-    Sentence1:
-
-What differs from the paper, of which we know the abstract and the released code (which does not run as it
-is):
- 1. Energies and losses skip padding. The code pads every answer to 32 tokens and averages over all of them.
- 2. The budget counts samples. The code's counting of files leaves half of the rounds unused.
- 3. Samples that do not parse, and texts that occur in the valid or test rows, are asked for again until
-    there are b. If the band of (4) has more than --feedback samples (2), its middle is fed back.
- 4. One schedule for all tasks: V_t in every round. For answers the code makes V_t and F on even rounds
-    only.
- 5. In prompts the label stands before the text that it conditions. Real samples are drawn from the training
-    split.
- 6. AdamW, warm-up and a cosine for the final student; equations by a parser where the code calls Python's
-    eval.
-
-What to watch: `accuracy` on held-out real rows is what counts. `energy` has no zero, since a constant added
-to all logits shifts it: compare within a round only. `asked` is how many texts the LLM had to write for
-each one kept. In a tiny world the truth is known: `modes` (topics with 10 samples or more) and `tail_mass`
-(share of samples on rare topics) should rise, `garbage` (share that is of no topic) should not. The final
-loss says nothing.
-
-    python gold.py                                          tiny reviews: OOD prompt and the energy band
-    python gold.py --no-ood                                 Eq. 1 alone, no feedback (as ZeroGen does it)
+    python gold.py                                          reviews: OOD prompt and energy band
+    python gold.py --no-ood                                 Eq. 1 alone, without feedback
     python gold.py --select random                          feed back any samples of V_t
-    python gold.py --select top                             feed back the strangest: garbage comes with it
-    python gold.py --alpha 1 --beta 0                       plain cross entropy for the final student
-    python gold.py --task sums                              answers instead of labels
     python gold.py --task rte --teacher meta-llama/Llama-2-7b-chat-hf --student google-t5/t5-base \
         --lr 5e-5 --scorer-lr 5e-5 --batch-size 8 --retrain 25 --passes 1 --steps 18750 --max-prompt 128
 """
+import ast
 import copy
+import hashlib
 import json
 import math
+import operator
+import os
 import random
 import re
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy  # not as F, which is the feedback here
+import torch.nn.functional as F
 
 import common
 
 
 @dataclass
 class Config(common.Settings):
-    # method
-    teacher: str = "tiny"            # the LLM: model directory or hub name, chat or base; tiny: the world's
-    task: str = "reviews"            # an entry of data/tasks.json, or a .json file of your own in that form
-    data: str = "auto"               # real rows (shots, test); auto: the task's own
-    budget: int = 3008               # samples to write and to train on, those of the OOD prompt included
+    task: str = "reviews"            # an entry of data/tasks.json, or a .json file in the form of an entry
+    data: str = ""                   # real rows, for the prompt and the test; empty: the task's own
+    budget: int = 3008               # samples to write and to train on
     round_size: int = 8              # b: samples of one call of the LLM
     ood: bool = True                 # Eq. 2 in every round; --no-ood: Eq. 1 alone, and no feedback
-    select: str = "band"             # what is fed back: band (Eq. 4), top (highest energies), random, none
-    feedback: int = 2                # most samples fed back
-    temperature: float = 0.6         # of the LLM's samples, as for chat models; low: rare topics get lost
+    select: Literal["band", "top", "random", "none"] = "band"  # what is fed back: Eq. 4, or a control
+    feedback: int = 2                # most samples fed back in a round
+    temperature: float = 0.6         # of the LLM's samples; low: rare topics get lost
     top_k: int = 10                  # the LLM samples among its k likeliest tokens; 0: all
     top_p: float = 0.9               # and among the fewest that hold this share; 1: all
-    llm_prompt: int = 4096           # most tokens of a prompt to the LLM; what it may write: task's max_new
-    retrain: int = 12                # rounds between trainings of the scorer; the paper's code: 25
-    passes: int = 3                  # epochs of each of these over all samples so far; the paper's code: 1
+    retrain: int = 12                # rounds between trainings of the scorer; 25 in the paper's code
+    passes: int = 3                  # epochs of such a training; 1 in the paper's code
     scorer_lr: float = 2e-3          # learning rate of the scorer, constant; 5e-5 for pretrained models
-    alpha: float = 0.1               # weight of CE in Eq. 5; the code has 1, .1 and .01
-    beta: float = 1.0                # weight of reverse CE; 0 leaves alpha CE
+    ce_weight: float = 0.1           # of the cross entropy in Eq. 5; the code has 1, .1 and .01
+    reverse_ce_weight: float = 1.0   # of the reverse cross entropy
     max_response: int = 64           # tokens of the student's answer
-    # optimization
-    steps: int = 1000                # optimizer steps of the final student; 0: only the LLM writes
+    steps: int = 1000                # optimizer steps of the student; 0: the LLM writes, nothing is trained
     batch_size: int = 32             # sequences of one optimizer step
-    accum: int = 1                   # micro-batches they are split into: raise it when memory runs out
-    lr: float = 5e-3                 # peak; right for the tiny world, 1e-5 to 5e-5 for pretrained models
-    warmup: int = 20                 # steps of linear warm-up; after it a cosine down to a tenth of lr
-    weight_decay: float = 0.01       # AdamW's
-    clip: float = 1.0                # largest gradient norm
+    lr: float = 5e-3                 # peak; right for the toy models, 1e-5 to 5e-5 for pretrained ones
     eval_every: int = 250            # steps between evaluations on validation rows
-    eval_rows: int = 800             # most test rows to evaluate on (validation: at most 200)
+    eval_rows: int = 800             # most test rows to evaluate on; validation: at most 200
 
-    # shared settings without effect here: setting one is an error
-    unused = ("prompt_field", "response_field", "text_field", "teacher_template", "eval_temperature",
-              "kl_on", "cache_gib")
+    unused = ("response", "teacher_template", "eval_temperature", "kl_on")
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The method
 # ----------------------------------------------------------------------------------------------------------
-# R: the response tokens of a micro-batch, one row each, response after response; V vocabulary, H hidden
-# size. No row is a prompt token or padding, so no loss needs a mask.
+def energy(logits):
+    """Eq. 3 of each row. It is no probability: a softmax would cancel it. (r,V) -> (r,)."""
+    return -logits.logsumexp(-1)
 
-# The words around the samples. {about}, and the {meaning} of a label, come from the task (data/tasks.json),
-# which may also bring words of its own.
+
+def select_feedback(energies, select, most, rng):
+    """Eq. 4 or a control: the indices of the samples that are fed back, at most `most`."""
+    n = len(energies)
+    order = sorted(range(n), key=lambda i: energies[i])  # familiar ones first
+    if select == "random":
+        return rng.sample(range(n), min(most, n))
+    if select == "top":
+        return order[max(0, n - most):]
+    band = order[n * 5 // 10:n * 8 // 10] if select == "band" else []
+    spare = max(0, len(band) - most)  # of a band that is too wide the middle is fed back
+    return band[spare // 2:spare // 2 + most]
+
+
+def sce_loss(logits, targets, ce_weight, reverse_ce_weight):
+    """Eq. 5 of each row, and its CE. (r,V), (r,) -> two (r,).
+
+    The reverse cross entropy is -sum_k q_k log(target_k). With a one-hot target whose zeros are set to 1e-4
+    that is -log(1e-4) (1 - q_y) = 9.21 (1 - q_y).
+    """
+    ce = F.cross_entropy(logits, targets, reduction="none")  # (r,)
+    reverse_ce = -math.log(1e-4) * (1 - (-ce).exp())         # (r,)
+    return ce_weight * ce + reverse_ce_weight * reverse_ce, ce
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tasks: their table is data/tasks.json, which explains its entries
+# ----------------------------------------------------------------------------------------------------------
+SLOT = re.compile(r"\{([^{}]+)\}")
+TASK = {"data": "", "train": "train", "test": "test", "about": "", "fields": {}, "label": "", "labels": {},
+        "label_name": "Label", "student": "", "shots": 3, "max_new": 256, "lengths": [3, 2000], "check": "",
+        "metric": "exact", "stop": ["\n\n", "\nSample "], "write": {}, "solve": {}}
+# The words around the samples. A task may bring words of its own.
 WRITE = {
     "prompt": "{about}\n\n{shots}Write one more sample of this task, new and complete, in the same form, "
               "and nothing after it.\n\n",
@@ -144,298 +138,357 @@ WRITE = {
     "ood": "Here is a new sample.{meaning} It is about another topic, from another domain, and very "
            "different from every sample above.\n\n",
 }
-SOLVE = {  # for the LLM's own score, which the student is compared with
+SOLVE = {  # for the LLM's own score, with which the student is compared
     "prompt": "{about}\n\n{shots}Give the {label_name} of the next sample, and nothing after it.\n\n",
     "shot": "Sample {n}:\n{sample}\n\n",
     "plain": "",
 }
 
 
+def load_task(name):
+    """An entry of data/tasks.json, or of a .json file, with all defaults filled in."""
+    with common.blaming(f"--task {name}"):
+        table = json.loads((common.HERE / "data/tasks.json").read_text())["tasks"]
+        entry = json.loads(Path(name).read_text()) if name.endswith(".json") else table.get(name)
+        if entry is None:
+            raise ValueError(f"there is no such task; choose one of {', '.join(table)}, or give a .json file")
+        if unknown := set(entry) - set(TASK):
+            raise ValueError(f"unknown {', '.join(sorted(unknown))}; known are {', '.join(TASK)}")
+        task = {**TASK, **entry, "name": Path(name).stem}
+        if not (task["fields"] and task["label"] and task["student"]):
+            raise ValueError("a task needs fields, label and student")
+        label, named = f"{task['label_name']}: {{label}}", [f"{f}: {{{f}}}" for f in task["fields"]]
+        # where there are labels, the label is written first
+        lines = {"write": [label, *named] if task["labels"] else [*named, label], "solve": [*named, label]}
+        for mode in lines:
+            task[mode] = {"sample": "\n".join(lines[mode]), **task[mode]}
+            if sorted(SLOT.findall(task[mode]["sample"])) != sorted([*task["fields"], "label"]):
+                raise ValueError(f"the sample of {mode} must hold each field and {{label}} once")
+        for text in (task["student"], *task["labels"].values()):
+            text.format(**dict.fromkeys(task["fields"], ""))  # KeyError for a slot that is no field
+    if (common.HERE / task["data"]).is_dir():
+        task["data"] = str(common.HERE / task["data"])
+    return task
+
+
+def read_sample(record, where, task):
+    """A row of the task's data -> row: prompt and response of the student, the sample, all right answers."""
+    def column(path):
+        value = record
+        for part in path.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise common.BadInput(f"{where}: there is no column {path} (there are: {', '.join(record)}): see "
+                                      "fields and label of the task")
+            value = value[part]
+        return value
+
+    sample, label, words = {f: str(column(c)) for f, c in task["fields"].items()}, column(task["label"]), list(task["labels"])
+    if words:
+        if str(label).isdigit() and label not in words:
+            label = words[int(label)] if int(label) < len(words) else label  # a class number
+        if label not in words:
+            raise common.BadInput(f"{where}: the label {label!r} is none of {', '.join(words)}")
+    right = [str(x) for x in (label if isinstance(label, list) else [label])] or [""]
+    known = {k: record[k] for k in ("topic", "weight", "tail") if k in record}
+    return {**student_row(task, {**sample, "label": right[0]}), "references": right, "where": where, **known}
+
+
+def student_row(task, sample):
+    """What the student reads and is to say."""
+    prompt = task["student"].format(**sample)
+    return {"prompt": prompt, "response": sample["label"], "sample": sample, "columns": {"prompt": prompt},
+            "references": [sample["label"]], "where": f"task {task['name']}"}
+
+
 def build_prompt(task, wording, shots, given, opening="plain"):
     """What the LLM is asked, the beginning of its answer, and the template of what it is to go on with.
 
-    wording: WRITE or SOLVE, parts of which a task may word otherwise. shots: the samples to show. given:
-    what is known of the new sample, its label when a sample is written, its fields when one is solved.
+    wording: WRITE or SOLVE. shots: the samples to show. given: what is known of the new sample, its label when
+    a sample is written, its fields when one is solved.
     """
     form = wording | task["write" if wording is WRITE else "solve"]
-    shown = "".join(form["shot"].format(n=i + 1, sample=form["sample"].format(**s))
-                    for i, s in enumerate(shots))
+    shown = "".join(form["shot"].format(n=i + 1, sample=form["sample"].format(**s)) for i, s in enumerate(shots))
     asked = form["prompt"].format(about=task["about"], shots=shown, label_name=task["label_name"])
     names = {f: f for f in task["fields"]}  # "{Sentence2} follows from .." -> "Sentence2 follows from .."
     meaning = task["labels"].get(given.get("label"), "").format(**names)
     begun = form[opening].format(meaning=f" {meaning}" if meaning else "")
-    # where the LLM goes on: at the first slot of the sample that is not given
-    first = next(slot.start() for slot in common.SLOT.finditer(form["sample"]) if slot[1] not in given)
+    # the LLM goes on at the first slot that is not given
+    first = next(slot.start() for slot in SLOT.finditer(form["sample"]) if slot[1] not in given)
     begun += form["sample"][:first].format(**given)
     return asked, begun.rstrip(" "), form["sample"][first:]
 
 
-def energy(logits):
-    """Eq. 3 of each row. Never a probability: softmax would cancel what is asked for. (R,V) -> (R,)."""
-    return -logits.logsumexp(-1)
+def parse_sample(text, template, stop):
+    """An LLM's text -> {slot: text}, by the template's words between the slots; {} where they do not fit."""
+    text = " " + text.strip()  # a text that starts with a stop word is empty
+    for word in stop:
+        text = text.split(word)[0]
+    pieces, pattern = SLOT.split(template), ""
+    for i, piece in enumerate(pieces):
+        pattern += r"\s*(\S.*?)\s*" if i % 2 else r"\s+".join(re.escape(w) for w in piece.split())
+    match = re.fullmatch(pattern, text, re.S)
+    return dict(zip(pieces[1::2], match.groups())) if match else {}
 
 
-def select_feedback(energies, select, most, rng):
-    """Eq. 4 or a control: indices of the samples to show the LLM. Ranks are relative to how many there
-    are."""
-    n = len(energies)
-    order = sorted(range(n), key=lambda i: energies[i])  # ascending: familiar first
-    if select == "random":
-        return rng.sample(range(n), min(most, n))
-    if select == "top":
-        return order[max(0, n - most):]
-    band = order[n * 5 // 10:n * 8 // 10] if select == "band" else []
-    spare = max(0, len(band) - most)
-    return band[spare // 2:spare // 2 + most]
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
-def sce_loss(logits, targets, alpha, beta):
-    """Eq. 5 of each row, and its CE. (R,V), (R,) -> two (R,).
+def value_of(equation):
+    """The value of numbers with + - * / and parentheses, or None. Nothing is ever executed."""
+    def walk(node):
+        if isinstance(node, ast.BinOp):
+            return OPERATIONS[type(node.op)](walk(node.left), walk(node.right))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -walk(node.operand)
+        return float(node.value)
 
-    The reverse cross entropy is -sum_k q_k log(target_k). With a one-hot target whose zeros are set to 1e-4
-    that is -log(1e-4) (1 - q_y) = 9.21 (1 - q_y).
-    """
-    ce = cross_entropy(logits, targets, reduction="none")  # (R,)
-    reverse_ce = -math.log(1e-4) * (1 - (-ce).exp())         # (R,)
-    return alpha * ce + beta * reverse_ce, ce
+    text = re.sub(r"^\s*[a-zA-Z]\s*=|=.*", "", equation[:200])  # "x = 2 + 3" and "2 + 3 = 5" are read, too
+    try:
+        return walk(ast.parse(text.strip(), mode="eval").body)
+    except (ValueError, TypeError, KeyError, AttributeError, SyntaxError, ArithmeticError, RecursionError):
+        return None
 
 
-def pick_shots(task, rows, n, rng):
-    """The K real samples of a whole run, each label as often as any other: of the first 10 n training rows,
-    so that typical ones can be put there."""
-    near = min(len(rows), 10 * n)
-    chosen, order = [], rng.sample(range(near), near)
-    for _ in range(min(n, near)):
-        if task["labels"]:  # rarest label first; the sort is stable, so the draw decides among equals
+def well_formed(task, sample):
+    """Is a sample kept? By the lengths of its fields in characters and the task's own check of the answer."""
+    if set(sample) != {*task["fields"], "label"}:
+        return False
+    if not all(task["lengths"][0] <= len(sample[f]) <= task["lengths"][1] for f in task["fields"]):
+        return False
+    if task["check"] == "substring":  # a span that is copied from the first field
+        return sample["label"] in sample[next(iter(task["fields"]))]
+    return task["check"] != "equation" or value_of(sample["label"]) is not None
+
+
+def task_metrics(task, texts, rows):
+    """accuracy, or rouge_l: the mean score of the answers. Where rows know their topic, also with all topics
+    equally frequent (uniform), and on rare topics only (tail)."""
+    scores = []
+    for text, row in zip(texts, rows):
+        if task["metric"] == "rouge_l":
+            scores.append(common.rouge_l(text, row["references"]))
+        elif task["metric"] == "equation":
+            value, right = value_of(text), value_of(row["references"][0])
+            scores.append(float(value is not None and right is not None and abs(value - right) < 1e-6))
+        else:
+            scores.append(float(text.split() in [r.split() for r in row["references"]]))
+    scores, weights = np.array(scores), np.array([r.get("weight", 1.0) for r in rows])
+    m = {"rouge_l" if task["metric"] == "rouge_l" else "accuracy": float(scores @ weights / weights.sum())}
+    if all("tail" in r for r in rows):
+        m["accuracy_uniform"] = float(scores.mean())
+        m["accuracy_tail"] = float(scores[[r["tail"] for r in rows]].mean())
+    return m
+
+
+def coverage(samples, topics):
+    """What was written, where topics.json says which texts belong to which topic; else {}."""
+    for s in samples if topics else ():
+        if "topic" not in s:
+            text = " ".join(v for k, v in s["sample"].items() if k != "label")
+            s["topic"] = next((t["topic"] for t in topics if any(re.fullmatch(p, text) for p in t["patterns"])), None)
+    if not topics:
+        return {}
+    found, rare = [s["topic"] for s in samples if s["topic"]], {t["topic"] for t in topics if t["tail"]}
+    return {"modes": float(sum(found.count(t) >= 10 for t in set(found))),
+            "tail_mass": sum(t in rare for t in found) / len(samples), "garbage": 1 - len(found) / len(samples)}
+
+
+MEANINGS = {
+    "accuracy": "share of right greedy answers; higher is better",
+    "rouge_l": "ROUGE-L of greedy answers, 0 to 1; higher is better",
+    "accuracy_uniform": "the same if all topics were equally frequent; higher is better",
+    "accuracy_tail": "the same on rare topics; higher is better",
+    "modes": "topics with 10 samples or more; higher is better",
+    "tail_mass": "share of samples about rare topics; higher is better",
+    "garbage": "share of samples about no topic; lower is better",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The LLM
+# ----------------------------------------------------------------------------------------------------------
+class LLM:
+    """A black box: prompts in, texts out, in one batched call. Every text is kept in a file at once, and a
+    resumed run takes it from there instead of asking again."""
+
+    def __init__(self, model, task, real, held_out, file, cfg):
+        self.model, self.task, self.real, self.held_out, self.cfg = model, task, real, held_out, cfg
+        self.file, self.asked, self.kept = Path(file), 0, 0
+        lines = self.file.read_text(encoding="utf-8").split("\n") if self.file.exists() else [""]
+        self.written = {r["key"]: r["texts"] for r in map(json.loads, lines[:-1])}  # a kill may tear the last line
+        if lines[-1] and common.processes()[0] == 0:
+            common.write(self.file, "".join(x + "\n" for x in lines[:-1]))
+
+    def tokens(self, asked, begun):
+        """The question through the chat template, where there is one, then the beginning of the answer."""
+        tokenizer, is_encdec = self.model.tokenizer, self.model.config.is_encoder_decoder
+        asked = asked + begun if is_encdec else asked
+        row = {"prompt": asked, "columns": {"prompt": asked}, "where": "the prompt of the LLM"}
+        template = "auto" if tokenizer.chat_template else "{prompt}"
+        ids = common.encode_prompts([row], template, self.model, 10**9)[0][0]
+        ids = ids if is_encdec else ids + tokenizer(begun, add_special_tokens=False).input_ids
+        context = common.context_of(self.model) or 10**9
+        room = context if is_encdec else context - self.task["max_new"]
+        if len(ids) > room:
+            raise common.BadInput(f"a prompt of {len(ids)} tokens does not fit the LLM, whose context leaves {room}: "
+                                  "shorten about, shots or max_new of the task")
+        return ids
+
+    def __call__(self, prompts, call, temperature=0.0, top_k=0, top_p=1.0):
+        """[(asked, begun)] -> texts. `call` names the call, so its random numbers are the same on resuming."""
+        tokens = [self.tokens(asked, begun) for asked, begun in prompts]
+        what = json.dumps([tokens, self.cfg.seed, call, temperature, top_k, top_p])
+        key = hashlib.sha1(what.encode()).hexdigest()[:20]
+        seed = int(hashlib.sha1(json.dumps([self.cfg.seed, call]).encode()).hexdigest()[:15], 16)
+
+        def ask():
+            if key not in self.written:
+                responses = common.sample(self.model, tokens, self.task["max_new"], temperature, top_k, top_p, seed, 64)
+                decode = self.model.tokenizer.decode
+                self.written[key] = [decode(r, skip_special_tokens=True) for r in responses]
+                with open(self.file, "a", encoding="utf-8") as f:
+                    f.write(json.dumps({"call": call, "key": key, "texts": self.written[key]}) + "\n")
+                    f.flush()
+                    os.fsync(f.fileno())
+            return self.written[key]
+
+        return common.from_process_0(ask)
+
+    def write(self, shots, given, opening, call):
+        """One sample for each of `given` (a label, or nothing). It is asked for again until it is well formed
+        and its text is none of a validation or test row."""
+        cfg, task, found, missing, tries, idle = self.cfg, self.task, [], list(given), 0, 0
+        while missing:
+            prompts = [build_prompt(task, WRITE, self.real + shots, g, opening) for g in missing]
+            texts = self([(asked, begun) for asked, begun, _ in prompts], [call, opening, tries], cfg.temperature,
+                         cfg.top_k, cfg.top_p)
+            again = []
+            for text, g, (_, _, rest) in zip(texts, missing, prompts):
+                sample = {**parse_sample(text, rest, task["stop"]), **g}
+                good = well_formed(task, sample) and student_row(task, sample)["prompt"] not in self.held_out
+                found.append(sample) if good else again.append(g)
+            self.asked += len(missing)
+            self.kept += len(missing) - len(again)
+            tries, idle = tries + 1, idle + 1 if len(again) == len(missing) else 0
+            missing = again
+            if idle == 20:
+                raise common.BadInput(f"not one text of the LLM could be used in 20 calls; it wrote {texts[:3]}: see "
+                                      f"prompt, lengths, check and max_new of the task, and {self.file}")
+        return found
+
+    def answer(self, rows):
+        """The LLM's own greedy answers to rows, with the same real samples in its prompt."""
+        task = self.task
+        prompts = [build_prompt(task, SOLVE, self.real, {f: r["sample"][f] for f in task["fields"]}) for r in rows]
+        texts = self([(asked, begun) for asked, begun, _ in prompts], "answers")
+        answers = [parse_sample(t, rest, task["stop"]).get("label", "") for t, (_, _, rest) in zip(texts, prompts)]
+        plain = lambda text: re.sub(r"[\W_]+", " ", text.lower()).strip()  # "Not entailment." is not_entailment
+        words = sorted(task["labels"], key=len, reverse=True)
+        return [next((w for w in words if plain(a).startswith(plain(w))), a) for a in answers]
+
+
+def pick_shots(task, rows, rng):
+    """The K real samples of the whole run, each label as often as any other, out of the first 10 K training
+    rows, so that typical ones can be put there."""
+    n = task["shots"]
+    order, chosen = rng.sample(range(min(len(rows), 10 * n)), min(len(rows), 10 * n)), []
+    while order and len(chosen) < n:
+        if task["labels"]:  # the rarest label first; the sort is stable, so the draw decides among equals
             taken = [s["label"] for s in chosen]
             order.sort(key=lambda i: taken.count(rows[i]["sample"]["label"]))
         chosen.append(rows[order.pop(0)]["sample"])
     if len(chosen) < n:
-        raise common.BadInput(f"task {task['name']}: {n} real samples are wanted in the prompt, the data "
-                              f"has {len(chosen)}: add rows, or lower 'shots' of the task")
+        raise common.BadInput(f"task {task['name']}: {n} real samples are wanted, the data has {len(chosen)}: add rows")
     return chosen
 
 
-def write_samples(llm, task, shots, given, opening, call, held_out, cfg):
-    """One sample for each of `given` (a label, or nothing), asked for again until it is well formed and its
-    text is none of those held out for the test."""
-    found, missing, tries, idle = [], list(given), 0, 0
-    while missing:
-        prompts = [build_prompt(task, WRITE, shots, g, opening) for g in missing]
-        texts = llm([(asked, begun) for asked, begun, _ in prompts], [call, opening, tries],
-                    temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
-        again = []
-        for text, g, (_, _, rest) in zip(texts, missing, prompts):
-            sample = {**(common.parse_sample(text, rest, task["stop"]) or {}), **g}
-            fine = common.well_formed(task, sample)
-            fine = fine and common.student_row(task, sample)["prompt"] not in held_out
-            if fine:
-                found.append(sample)
-            else:
-                again.append(g)
-        llm.asked += len(missing)
-        llm.kept += len(missing) - len(again)
-        tries += 1
-        idle = idle + 1 if len(again) == len(missing) else 0
-        missing = again
-        if idle == 20:
-            raise common.BadInput("not one text of the LLM could be used in 20 calls; it wrote "
-                                  f"{texts[:3]}: see the task's prompt, lengths, check and max_new, and "
-                                  f"{llm.file}")
-    return found
-
-
-def llm_answers(llm, task, shots, rows):
-    """What the LLM itself answers, greedily, to rows of the task, with the same real samples in its
-    prompt."""
-    fields = [{f: r["sample"][f] for f in task["fields"]} for r in rows]
-    prompts = [build_prompt(task, SOLVE, shots, given) for given in fields]
-    texts = llm([(asked, begun) for asked, begun, _ in prompts], "answers")
-    parsed = [common.parse_sample(t, rest, task["stop"]) for t, (_, _, rest) in zip(texts, prompts)]
-    texts = [p["label"] if p else "" for p in parsed]
-    plain = lambda text: re.sub(r"[\W_]+", " ", text.lower()).strip()  # "Not entailment." is not_entailment
-    words = sorted(task["labels"], key=len, reverse=True)
-    return [next((w for w in words if plain(t).startswith(plain(w))), t) for t in texts]
-
-
-class Samples(list):
-    """What was written so far: dicts of sample, round, opening, energy, and whether it is in F_t (fed)."""
-
-    def state_dict(self):
-        return {"all": list(self)}
-
-    def load_state_dict(self, state):
-        self[:] = state["all"]
-
-
 # ----------------------------------------------------------------------------------------------------------
-# The loops: first the LLM writes, then the student learns. `train`, then its steps
+# Two phases: the LLM writes the data, then the student learns
 # ----------------------------------------------------------------------------------------------------------
-def train(cfg) -> dict:
-    """One run: it fills out/<name>/ and returns its final metrics."""
-    common.check_settings(cfg, select=["band", "top", "random", "none"], budget=(1, 10**9),
-                          round_size=(1, 10**6), feedback=(1, 10**6), temperature=(0, 1e3),
-                          top_k=(0, 10**9), top_p=(1e-9, 1), llm_prompt=(1, 10**9), retrain=(1, 10**9),
-                          passes=(1, 10**6), scorer_lr=(0, 1e3), alpha=(0, 1e6), beta=(0, 1e6))
-    run = common.Run(cfg, __file__)
-    if run.finished:
-        return run.finished
-    device = run.device
+def write_data(llm, scorer, encode, topics, cfg, run):
+    """Phase 1, Eqs. 1 to 4: the samples, as dicts of sample, round, opening, energy, and fed (in F_t).
 
-    # task
-    task = common.load_task(cfg.task)
-    cfg = replace(cfg, data=task["data"] if cfg.data == "auto" else cfg.data)
-    if not cfg.data:
-        raise common.BadInput(f"--task {cfg.task} names no data set: give --data, for real samples and for "
-                              "the test")
-
-    # models: the teacher is frozen, in the compute dtype; the student keeps fp32 weights, cast on the fly
-    student, teacher, tokenizer = common.load_pair(cfg, device, same_tokens=False, world=task["world"])
-    if teacher is None:
-        raise common.BadInput("--teacher none: somebody has to write the samples, so name a --teacher")
-    common.check_labels(task, tokenizer)
-    scorer = copy.deepcopy(student)
-
-    # data
-    rows = common.load_rows(cfg, task["world"], common.sample_reader(task),
-                            {task["train"]: "train", task["test"]: "test"})
-    topics = common.load_topics(cfg, task["world"])
-    encode = common.row_encoder(cfg, student, None, tokenizer)
-    valid = [encode(r) for r in common.spread(rows["valid"], 200)]
-    test = [encode(r) for r in common.spread(rows["test"], cfg.eval_rows)]
-    held_out = {r["prompt"] for split in ("valid", "test") for r in rows[split]}
-    real = pick_shots(task, rows["train"], task["shots"], random.Random(cfg.seed))
-    llm_path = common.resolve(cfg.teacher, "teacher", cfg.data, task["world"])
-    llm = common.LLM(teacher, common.load_tokenizer(llm_path, "teacher"), run.dir / "written.jsonl",
-                     cfg.llm_prompt, task["max_new"], cfg.seed, cfg.compile)
-    print(f"task {task['name']}: {len(real)} real samples in every prompt, {len(valid)} valid, "
-          f"{len(test)} test rows")
-
-    # ahead of run.start, which may load a later student from a checkpoint
-    before = evaluate(student, test, task, tokenizer, cfg)
-
-    # optimizers; beta_2 = 0.98 averages squared gradients over 50 steps, not 1000: runs have a few hundred
-    optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
+    A resumed run does this phase again. That is quick, because what the LLM wrote is in its file.
+    """
+    optimizer = torch.optim.AdamW(scorer.parameters(), lr=cfg.scorer_lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
-    scorer_optimizer = torch.optim.AdamW(scorer.parameters(), lr=cfg.scorer_lr, betas=(0.9, 0.98),
-                                         weight_decay=cfg.weight_decay, fused=True)
-    samples = Samples()
-    rounds = math.ceil(cfg.budget / (2 * cfg.round_size if cfg.ood else cfg.round_size))
-    parts = dict(student=student, optimizer=optimizer, scorer=scorer, scorer_optimizer=scorer_optimizer,
-                 samples=samples, llm=llm)  # what a checkpoint holds
-    start = run.start(first=-rounds, **parts)  # rounds count up to 0, where the final student starts
-
-    to_example = lambda sample: encode(common.student_row(task, sample))
-    for step in range(start, 0):
-        t = step + rounds
+    words, b, samples = list(llm.task["labels"]), cfg.round_size, []
+    rounds = math.ceil(cfg.budget / (2 * b if cfg.ood else b))
+    for t in range(rounds):
         rng = random.Random(f"{cfg.seed} {t}")  # what a round draws depends on seed and round alone
         if cfg.ood and t > 0 and t % cfg.retrain == 0:
-            known = [to_example(s["sample"]) for s in samples]
-            train_scorer(scorer, scorer_optimizer, known, rng, cfg, run)
-        samples += write_round(t, rng, task, llm, real, samples, held_out, scorer, to_example, cfg)
+            train_scorer(scorer, optimizer, encode([s["sample"] for s in samples]), rng, cfg, run)
+        feedback = [s["sample"] for s in samples if s["round"] == t - 1 and s["fed"]] if t % 2 == 0 else []
+        labels = [[{"label": rng.choice(words)} if words else {} for _ in range(b)] for _ in range(2)]
+        fresh = llm.write(feedback, labels[0], "plain", t)                                     # Eq. 1
+        new = [{"sample": s, "round": t, "opening": "plain", "fed": False} for s in fresh]
+        if cfg.ood:
+            strange = llm.write(feedback + fresh[:2], labels[1], "ood", t)                     # Eq. 2
+            energies = energies_of(scorer, encode(strange), cfg)                               # Eq. 3
+            chosen = select_feedback(energies, cfg.select, cfg.feedback, rng)                  # Eq. 4
+            new += [{"sample": s, "round": t, "opening": "ood", "fed": i in chosen, "energy": energies[i]}
+                    for i, s in enumerate(strange)]
+        samples += new
         if t % cfg.log_every == 0 or t + 1 == rounds:
-            new = [s for s in samples if s["round"] == t]
-            strange = [s["energy"] for s in new if "energy" in s]
-            energies = {"energy": float(np.mean(strange))} if strange else {}
-            run.log(step, round=t, samples=len(samples), asked=llm.asked / max(1, llm.kept), **energies,
-                    **common.coverage(samples, topics))
-            run.print(f"      {[s['sample'] for s in new if s['fed']][:2] or [new[0]['sample']]}")
-        run.end_step(step + 1, **parts)
-
+            mean = {"energy": float(np.mean(energies))} if cfg.ood else {}
+            run.log(0, round=t, samples=len(samples), asked=llm.asked / llm.kept, **mean, **coverage(samples, topics))
+            print(f"      {[s['sample'] for s in new if s['fed']][:2] or [new[0]['sample']]}", flush=True)
+        run.leave_if_asked(f"after round {t}")
     if common.processes()[0] == 0:  # the data set that was made, for people and other scripts
         flat = [{**s["sample"], **{k: v for k, v in s.items() if k != "sample"}} for s in samples]
-        lines = "".join(json.dumps(s) + "\n" for s in flat)
-        (run.dir / "samples.jsonl").write_text(lines, encoding="utf-8")
-    examples = [to_example(s["sample"]) for s in samples[:cfg.budget]]
-    train_student(student, optimizer, examples, valid, task, tokenizer, max(0, start), parts, cfg, run)
-
-    asked = [e.row for e in test]
-    report = {"teacher": common.task_metrics(task, llm_answers(llm, task, real, asked), asked)}
-    after = {**evaluate(student, test, task, tokenizer, cfg), **common.coverage(samples, topics)}
-    return run.finish(student, tokenizer, {**report, "before": before, "after": after})
-
-
-def evaluate(model, examples, task, tokenizer, cfg):
-    """The task's metrics of a model's greedy answers."""
-    answers = common.answer_examples(model, examples, tokenizer, cfg, temperature=0.0)
-    texts = [tokenizer.decode(e.response, skip_special_tokens=True) for e in answers]
-    return common.task_metrics(task, texts, [e.row for e in examples])
-
-
-def write_round(t, rng, task, llm, real, samples, held_out, scorer, to_example, cfg):
-    """Eqs. 1, 2 and 4: the samples of round t. Labels first, then texts."""
-    words, b = list(task["labels"]), cfg.round_size
-    feedback = [s["sample"] for s in samples if s["round"] == t - 1 and s["fed"]] if t % 2 == 0 else []
-    labels = [[{"label": rng.choice(words)} if words else {} for _ in range(b)] for _ in range(2)]
-    fresh = write_samples(llm, task, real + feedback, labels[0], "plain", t, held_out, cfg)
-    new = [{"sample": s, "round": t, "opening": "plain", "fed": False} for s in fresh]
-    if not cfg.ood:
-        return new
-    strange = write_samples(llm, task, real + feedback + fresh[:2], labels[1], "ood", t, held_out, cfg)
-    energies = common.broadcast(energies_of(scorer, [to_example(s) for s in strange], cfg))
-    chosen = select_feedback(energies, cfg.select, cfg.feedback, rng)
-    return new + [{"sample": s, "round": t, "opening": "ood", "fed": i in chosen, "energy": e}
-                  for i, (s, e) in enumerate(zip(strange, energies))]
+        common.write(run.dir / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in flat))
+    return samples
 
 
 def energies_of(scorer, examples, cfg):
-    """Eq. 3: the mean over the tokens of each response."""
-    row_values = lambda logits, _, targets: (energy(logits),)
-    sums = common.per_response(row_values, scorer, None, examples, cfg)[:, 0]
-    return [x / len(e.response) for x, e in zip(sums.tolist(), examples)]
+    """Eq. 3 of each sample, a mean over the tokens of its answer."""
+    sums = common.per_response(lambda logits, *_: (energy(logits),), scorer, examples, cfg)[:, 0].tolist()
+    return common.from_process_0(lambda: [x / len(e.response) for x, e in zip(sums, examples)])
 
 
 def train_scorer(scorer, optimizer, examples, rng, cfg, run):
-    """A few epochs of plain CE over everything so far; weights and optimizer go on from the last time.
-
-    As in the paper's code the rate is constant and nothing is clipped. --accum does not apply.
-    """
-    dtype, scorer_fwd = common.compute_dtype(cfg, run.device), common.response_states(scorer)
-    row_loss = lambda logits, _, targets: sce_loss(logits, targets, 1.0, 0.0)
+    """A few epochs of plain CE over everything so far. Weights and optimizer go on from the last time; as in
+    the paper's code the rate is constant and nothing is clipped."""
     scorer.train()
     for _ in range(cfg.passes):
         order = rng.sample(range(len(examples)), len(examples))
         for i in range(0, len(examples), cfg.batch_size):
-            chosen = [examples[j] for j in order[i:i + cfg.batch_size]]
-            batch = common.collate(chosen, scorer).to(run.device)
-            with torch.autocast(run.device.type, dtype, enabled=dtype != torch.float32):
-                hidden = scorer_fwd(batch)  # (R,H)
-            sums = common.rowwise_loss(row_loss, scorer, hidden, batch.targets)  # (2,) loss CE
-            (sums[0] / len(batch.targets)).backward()
+            batch = common.make_batch([examples[j] for j in order[i:i + cfg.batch_size]], scorer)
+            with common.precision(cfg, run.device):
+                hidden = common.response_states(scorer, batch)                     # (R,H)
+            for rows, part in common.in_chunks(hidden, scorer):
+                ce = F.cross_entropy(common.logits_of(scorer, part), batch.targets[rows], reduction="sum")
+                (ce / len(batch.targets)).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
 
-def train_student(student, optimizer, examples, valid, task, tokenizer, start, parts, cfg, run):
-    """The fresh student on everything that was written, by Eq. 5."""
-    device, dtype = run.device, common.compute_dtype(cfg, run.device)
-    batches = common.Batches(examples, student, None, cfg, device)
-    student_fwd = common.response_states(student, cfg.compile)
-    compiled_loss = common.try_compile(sce_loss) if cfg.compile else sce_loss
-    row_loss = lambda logits, _, targets: compiled_loss(logits, targets, cfg.alpha, cfg.beta)
+def train_student(student, optimizer, examples, evaluate, start, cfg, run):
+    """Phase 2: the fresh student learns everything that was written, by Eq. 5."""
+    torch.manual_seed(cfg.seed + common.processes()[0])  # of dropout, whatever phase 1 has used
+    loss_of = torch.compile(sce_loss, dynamic=True) if cfg.compile else sce_loss
     student.train()
 
-    for step in range(start, cfg.steps + 1):
-        if step % cfg.eval_every == 0 or step == cfg.steps:
-            run.evaluated(step, evaluate(student, valid, task, tokenizer, cfg))
-            common.show_samples(run, student, valid, tokenizer, cfg)
-        if step == cfg.steps:
-            break
-
+    for step in range(start, cfg.steps):
+        if step % cfg.eval_every == 0:
+            run.evaluated(step, evaluate(student))
         lr = common.lr_at(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # one step over accum micro-batches: sums are divided once, by the tokens of the whole step
-        micro = batches.at(step)
+        chosen = [examples[i] for i in common.step_indices(len(examples), step, cfg)]
+        micro = common.micro_batches(chosen, student, None, cfg)
         n_tokens = common.all_reduce_sum(sum(len(b.targets) for b in micro))
-        totals = 0.0
+        totals = torch.zeros(2, device=run.device)
         for batch in micro:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                student_hidden = student_fwd(batch)  # (R,H)
-            sums = common.rowwise_loss(row_loss, student, student_hidden, batch.targets)  # (2,) loss CE
-            (sums[0] / n_tokens).backward()
-            totals = totals + sums.detach() / n_tokens
+            with common.precision(cfg, run.device):
+                hidden = common.response_states(student, batch)                                 # (R,H)
+            for rows, part in common.in_chunks(hidden, student):  # all logits would fill the memory
+                logits = common.logits_of(student, part)                                        # (r,V)
+                loss, ce = loss_of(logits, batch.targets[rows], cfg.ce_weight, cfg.reverse_ce_weight)
+                (loss.sum() / n_tokens).backward()  # one denominator for the whole step
+                totals += torch.stack([loss.detach().sum(), ce.detach().sum()])
+        totals /= n_tokens
         common.reduce_gradients(student, totals)
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.clip)
         optimizer.step()
@@ -444,7 +497,69 @@ def train_student(student, optimizer, examples, valid, task, tokenizer, start, p
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
             loss, ce = totals.tolist()
             run.log(step, loss=loss, ce=ce, grad_norm=grad_norm.item(), lr=lr, tokens=n_tokens)
-        run.end_step(step + 1, **parts)
+        run.end_step(step + 1, student=student, optimizer=optimizer)
+
+
+def train(cfg) -> dict:
+    """One run: it fills its directory and returns its final metrics."""
+    common.check_settings(
+        cfg, budget=(1, 10**9), round_size=(1, 10**6), feedback=(1, 10**6), temperature=(0, 1e3), top_k=(0, 10**9),
+        top_p=(1e-9, 1), retrain=(1, 10**9), passes=(1, 10**6), scorer_lr=(0, 1e3), ce_weight=(0, 1e6),
+        reverse_ce_weight=(0, 1e6))
+    if cfg.teacher == "none":
+        raise common.BadInput("--teacher none: somebody has to write the samples, so name a --teacher")
+    task = load_task(cfg.task)
+    cfg = replace(cfg, data=cfg.data or task["data"])
+    if not cfg.data:
+        raise common.BadInput(f"--task {cfg.task} has no data of its own: name real rows with --data")
+    run = common.Run(cfg, __file__)
+
+    # data and models: the teacher is the LLM, in the compute dtype; the student's weights are fp32
+    names = common.SPLITS | {task["train"]: "train", task["test"]: "test"}
+    splits = common.find_rows(cfg.data, names)
+    splits = {s: [read_sample(record, where, task) for where, record in records] for s, records in splits.items()}
+    splits = common.hold_out(splits, replace(cfg, steps=1))
+    student, teacher = common.load_pair(cfg, run.device, same_tokens=False)
+    common.check_context(student, "student", cfg)
+    scorer = copy.deepcopy(student)
+    valid, test = (common.encode(common.spread(splits[s], n), student, None, cfg)[0]
+                   for s, n in (("valid", min(200, cfg.eval_rows)), ("test", cfg.eval_rows)))
+    common.check_tokens([*valid, *test], student, None)
+    held_out = {row["prompt"] for s in ("valid", "test") for row in splits[s]}
+    print(f"data: {len(splits['train'])} training prompts, of which {task['shots']} samples are shown to the LLM; "
+          f"{len(valid)} validation, {len(test)} test rows", flush=True)
+    file = Path(cfg.data, "topics.json")
+    topics = json.loads(file.read_text()) if file.is_file() else []
+
+    def encode(samples):
+        return common.encode([student_row(task, s) for s in samples], student, None, cfg)[0]
+
+    def answers_of(model, examples, temperature=0.0):
+        answered = common.respond(model, examples, cfg, temperature)
+        return [model.tokenizer.decode(e.response, skip_special_tokens=True) for e in answered]
+
+    def evaluate(model, examples=valid):
+        return task_metrics(task, answers_of(model, examples), [e.row for e in examples])
+
+    before = evaluate(student, test)  # ahead of run.start, which may load a later student
+    optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
+                                  weight_decay=cfg.weight_decay, fused=True)
+    start = run.start(common.hash_of(sorted(held_out)), student=student, optimizer=optimizer)
+    llm = LLM(teacher, task, pick_shots(task, splits["train"], random.Random(cfg.seed)), held_out,
+              run.dir / "written.jsonl", cfg)
+    if start == 0:
+        samples = write_data(llm, scorer, encode, topics, cfg, run)
+    else:
+        rows = [json.loads(line) for line in (run.dir / "samples.jsonl").read_text().splitlines()]
+        samples = [{**r, "sample": {k: r[k] for k in (*task["fields"], "label")}} for r in rows]
+    train_student(student, optimizer, encode([s["sample"] for s in samples[:cfg.budget]]), evaluate, start, cfg, run)
+
+    rows, answers, drawn = [e.row for e in test], answers_of(student, test), answers_of(student, test, 1.0)
+    after = {**task_metrics(task, answers, rows), **coverage(samples, topics)}
+    generations = [{"prompt": r["prompt"], "greedy": a, "sample": s, "references": r["references"]}
+                   for r, a, s in zip(rows, answers, drawn)]
+    table = {"teacher": task_metrics(task, llm.answer(rows), rows), "before": before, "after": after}
+    return run.finish(student, table, MEANINGS, generations)
 
 
 if __name__ == "__main__":
