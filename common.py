@@ -39,7 +39,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm  # comes with transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
@@ -174,18 +173,16 @@ def main(train, config_class):
     """Run a script. Exit status: 0 done, 2 bad input, 1 failed later, 130 or 143 on a signal."""
     for stream in (sys.stdout, sys.stderr):  # text that a terminal cannot show must not end a run
         stream.reconfigure(errors="backslashreplace")
-    status, reason = 0, None
     try:
         train(parse_args(config_class))
-    except BadInput as e:
-        status, reason = 2, e
+        return 0
     except torch.OutOfMemoryError:
         status, reason = 1, "out of memory: raise --accum or give --recompute; --resume goes on"
-    except (RunFailed, OSError) as e:
-        status, reason = 1, e
+    except (BadInput, RunFailed, OSError) as e:
+        status, reason = 2 if isinstance(e, BadInput) else 1, e
     except KeyboardInterrupt:
         status, reason = 130, "stopped before the first step"
-    if status and os.environ.get("RANK", "0") == "0":  # one of several processes is enough
+    if os.environ.get("RANK", "0") == "0":  # one of several processes is enough
         print(f"error: {reason}", file=sys.stderr)
     return status
 
@@ -548,8 +545,7 @@ def set_eos(model, path, role):
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ue000"}]
         with contextlib.suppress(Exception):  # a template with an error is reported with the data
             text = tokenizer.apply_chat_template(turns, tokenize=False).partition("\ue000")[2]
-            after = tokenizer(text, add_special_tokens=False).input_ids
-            ids = [i for i in after[:1] if i in ends]
+            ids = [i for i in tokenizer(text, add_special_tokens=False).input_ids[:1] if i in ends]
     if ids and ids[0] != tokenizer.eos_token_id:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[0])
         print(f"{path}: responses end with {tokenizer.eos_token}, as the generation config says")
@@ -569,7 +565,7 @@ def check_model(model, name):
     batch = collate([Example([3, 4, 5, 6], [3, 4, 5, 6], [4, 3, 5])], model).to(model.device)
     with blaming(f"{name}: {type(model).__name__} is not built like GPT-2, Llama, Qwen or T5"):
         ours = logits_of(model, response_states(model, batch))
-        if model.config.is_encoder_decoder:
+        if is_encdec(model):
             theirs = model(input_ids=batch.tokens, attention_mask=batch.mask,
                            decoder_input_ids=batch.decoder_tokens).logits[0]
         else:
@@ -591,7 +587,7 @@ def load_pair(cfg, device, same_tokens=True):
     models renormalise over the same V tokens. `same_tokens` is False where a teacher gives text.
     """
     student = load_model(model_path(cfg, "student"), "student", device, seed=cfg.seed)
-    if student.config.is_encoder_decoder and around(student.tokenizer)[0]:
+    if is_encdec(student) and around(student.tokenizer)[0]:
         raise BadInput(f"--student {cfg.student} begins every response with a token of its own, as "
                        "BART does: choose a T5-like or decoder-only model")
     teacher = None
@@ -609,8 +605,8 @@ def load_pair(cfg, device, same_tokens=True):
         torch._dynamo.config.recompile_limit = 64    # it counts both models together
         torch._dynamo.config.suppress_errors = True  # without a compiler, go on without
         for model in both:
-            encdec = model.config.is_encoder_decoder
-            parts = [model.get_encoder(), model.get_decoder()] if encdec else [model.base_model]
+            whole = [model.base_model]
+            parts = [model.get_encoder(), model.get_decoder()] if is_encdec(model) else whole
             for part in parts:
                 part.compile(dynamic=True)
     small = sum(m.num_parameters() for m in both) < 10**6
@@ -618,6 +614,11 @@ def load_pair(cfg, device, same_tokens=True):
         torch.set_num_threads(1)
         print("one CPU thread: models this small are slower with more (or set OMP_NUM_THREADS)")
     return student, teacher
+
+
+def is_encdec(model):
+    """Is it an encoder-decoder, such as a T5?"""
+    return model.config.is_encoder_decoder
 
 
 def no_dropout(model):
@@ -642,31 +643,29 @@ def read_file(path):
     """[(where, {column: value})] of a file of rows. JSONL and CSV are read with the standard
     library, because `datasets` guesses types and does not name the row that is wrong."""
     form, at, rows = next((s for s in reversed(path.suffixes) if s != ".gz"), ""), 0, []
+    if form not in FORMS:
+        raise BadInput(f"{path}: the name of a file of rows must end in one of {', '.join(FORMS)}")
     if form in (".json", ".parquet"):
-        import datasets
+        import datasets  # takes a second, so only where it is needed
         with blaming(path):
             loaded = datasets.load_dataset(form[1:], data_files=str(path), split="train")
             return [(f"{path}, row {i}", row) for i, row in enumerate(loaded, 1)]
-    if form not in FORMS:
-        raise BadInput(f"{path}: the name of a file of rows must end in one of {', '.join(FORMS)}")
 
-    def lines(file):
+    def lines():
         nonlocal at
-        for at, line in enumerate(file, 1):
-            yield line.decode("utf-8-sig")
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for at, line in enumerate(file, 1):  # noqa: B007
+                yield line.decode("utf-8-sig")
 
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            if form == ".jsonl":
-                rows = [(f"{path}, line {at}", {**json.loads(x)}) for x in lines(file) if x.strip()]
-            else:
-                comma = "," if form == ".csv" else "\t"
-                reader = csv.reader(lines(file), delimiter=comma, strict=True)
-                header = next(reader)
-                rows = [(f"{path}, line {at}", dict(zip(header, cells, strict=True)))
-                        for cells in reader if cells]
-    except (ValueError, TypeError, RecursionError, StopIteration, csv.Error, OSError) as e:
-        raise BadInput(f"{path}, line {at}: {e or 'the file is empty'}: mend or remove it") from e
+        if form == ".jsonl":
+            return [(f"{path}, line {at}", {**json.loads(x)}) for x in lines() if x.strip()]
+        reader = csv.reader(lines(), delimiter="," if form == ".csv" else "\t", strict=True)
+        header = next(reader, [])
+        for cells in filter(None, reader):
+            rows.append((f"{path}, line {at}", dict(zip(header, cells, strict=True))))
+    except (ValueError, TypeError, RecursionError, csv.Error, OSError) as e:
+        raise BadInput(f"{path}, line {at}: {e}: mend the row or remove it") from e
     return rows
 
 
@@ -684,7 +683,7 @@ def find_rows(source, names=SPLITS):
             found[split] = read_file(file)
     if found:
         return found
-    import datasets  # takes a second, so only here
+    import datasets
     name, _, configuration = str(source).partition(":")
     with blaming(f"--data {source} is no file, no folder with a train.jsonl, and no data set"):
         loaded = (datasets.load_from_disk(path) if path.is_dir()
@@ -702,21 +701,20 @@ def find_rows(source, names=SPLITS):
 def hold_out(splits, cfg):
     """Fill the splits that are missing from train, by a hash of the prompt: no prompt is in two
     splits, and they are the same for every seed. With --steps 0 a single split is all test."""
-    rows = splits.get("train", [])
+    rows, cut, start = splits.get("train", []), 1000 * cfg.holdout, 0
     if cfg.steps == 0:
-        test = splits.get("test") or rows or splits["valid"]
-        return {"train": [], "valid": [], "test": test}
-    prompt_of = lambda row: row["prompt"] if isinstance(row["prompt"], str) else str(row["prompt"])
-    draw = [zlib.crc32(prompt_of(row).encode()) % 1000 for row in rows]
-    lacking, cut, out = [s for s in ("test", "valid") if s not in splits], 1000 * cfg.holdout, {}
-    for i, split in enumerate(lacking):
-        out[split] = [r for r, x in zip(rows, draw) if i * cut <= x < (i + 1) * cut]
-    out = {**splits, **out, "train": [r for r, x in zip(rows, draw) if x >= len(lacking) * cut]}
+        return {"train": [], "valid": [], "test": splits.get("test") or rows or splits["valid"]}
+    draw = [zlib.crc32(str(row["prompt"]).encode()) % 1000 for row in rows]
+    for split in ("test", "valid"):
+        if split not in splits:
+            splits[split] = [r for r, x in zip(rows, draw) if start <= x < start + cut]
+            start += cut
+    splits["train"] = [r for r, x in zip(rows, draw) if x >= start]
     for split in ("train", "valid", "test"):
-        if not out[split]:
+        if not splits[split]:
             raise BadInput(f"--data {cfg.data}: of {len(rows)} training rows none is left for "
                            f"{split}: add rows, or a file for each split, or set --holdout")
-    return out
+    return splits
 
 
 def text_in(row, column, where):
@@ -826,7 +824,7 @@ def prompt_parts(row, template, model):
     if not tokenizer.chat_template:
         if isinstance(prompt, list):
             raise ValueError("rows with messages need a chat template, and the tokenizer has none")
-        return ["", prompt, "" if model.config.is_encoder_decoder else "\n"]
+        return ["", prompt, "" if is_encdec(model) else "\n"]
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     # marks stand for the contents, so that the user's words can be told from the template's
     marked = [{**m, "content": chr(0xE000 + i)} for i, m in enumerate(turns)]
@@ -842,9 +840,9 @@ def prompt_parts(row, template, model):
 
 
 def encode_prompts(rows, template, model, max_prompt):
-    """(token ids of each prompt, how many were cut). Special tokens are recognised in the words of
-    the template only. Too long a prompt loses the beginning of what the user wrote."""
-    tokenizer, encdec = model.tokenizer, model.config.is_encoder_decoder
+    """The token ids of each prompt. Special tokens are recognised in the words of the template only.
+    Too long a prompt loses the beginning of what the user wrote; its row then says "cut"."""
+    tokenizer = model.tokenizer
     with blaming(f"template {template!r} for {tokenizer.name_or_path}"):
         parts = [prompt_parts(row, template, model) for row in rows]
         users = iter(tokenize(tokenizer, [text for p in parts for text in p[1::2]]))
@@ -853,12 +851,12 @@ def encode_prompts(rows, template, model, max_prompt):
     before, behind = around(tokenizer)
     if template == "auto" and tokenizer.chat_template:  # it writes these tokens itself
         before, behind = [], []
-    behind = behind if encdec else []
-    prompts, n_cut = [], 0
-    for p in parts:
+    behind = behind if is_encdec(model) else []
+    prompts = []
+    for row, p in zip(rows, parts):
         ids = [next(users) if i % 2 else words[text] for i, text in enumerate(p)]
         excess = sum(map(len, ids)) + len(before) + len(behind) - max_prompt
-        n_cut += excess > 0
+        row["cut"] = excess > 0
         for i in range(1, len(ids), 2):
             cut = max(0, min(excess, len(ids[i])))
             ids[i], excess = ids[i][cut:], excess - cut
@@ -867,23 +865,21 @@ def encode_prompts(rows, template, model, max_prompt):
                            f"{max_prompt + excess} tokens")
         prompt = before + [t for part in ids for t in part] + behind
         prompts.append(prompt or [tokenizer.eos_token_id])  # something must come first
-    return prompts, n_cut
+    return prompts
 
 
 def encode(rows, student, teacher, cfg):
-    """(rows as Examples, how many prompts were cut)."""
-    prompts, n_cut = encode_prompts(rows, cfg.template, student, cfg.max_prompt)
-    teacher_prompts = prompts
-    # also without a template of its own, a T5 ends its prompt otherwise than a decoder-only model
-    if teacher and (cfg.teacher_template
-                    or teacher.config.is_encoder_decoder != student.config.is_encoder_decoder):
+    """Rows -> Examples. A T5 ends its prompts otherwise than a decoder-only model, so student and
+    teacher may read other tokens without a template of the teacher's own, too."""
+    prompts = teacher_prompts = encode_prompts(rows, cfg.template, student, cfg.max_prompt)
+    if teacher and (cfg.teacher_template or is_encdec(teacher) != is_encdec(student)):
         template = cfg.teacher_template or cfg.template
-        teacher_prompts, _ = encode_prompts(rows, template, teacher, cfg.max_prompt)
+        teacher_prompts = encode_prompts(rows, template, teacher, cfg.max_prompt)
     with blaming(f"--data {cfg.data}"):
         responses = tokenize(student.tokenizer, [row["response"] for row in rows])
     eos = [student.tokenizer.eos_token_id]
     responses = [(ids + eos)[:cfg.max_response] if ids else [] for ids in responses]
-    return [Example(*parts) for parts in zip(prompts, teacher_prompts, responses, rows)], n_cut
+    return [Example(*parts) for parts in zip(prompts, teacher_prompts, responses, rows)]
 
 
 def load_data(cfg, rows, student, teacher):
@@ -894,18 +890,18 @@ def load_data(cfg, rows, student, teacher):
         if student.tokenizer.chat_template != teacher.tokenizer.chat_template:
             print("teacher and student have different chat templates, and both read the student's; "
                   "with --teacher-template auto each reads its own")
-    encoded = {split: encode(part, student, teacher, cfg) for split, part in rows.items()}
-    data = SimpleNamespace(**{split: examples for split, (examples, _) in encoded.items()})
+    data = SimpleNamespace(
+        **{split: encode(part, student, teacher, cfg) for split, part in rows.items()})
     examples = data.train + data.valid + data.test
     check_tokens(examples, student, teacher)
     special = re.compile("|".join(map(re.escape, student.tokenizer.all_special_tokens)))
     if n := sum(bool(special.search(str(e.row["prompt"]))) for e in examples):
         print(f"{n} prompts contain the text of a special token, which is read as plain text")
-    n_cut = sum(e.response[-1:] != [student.tokenizer.eos_token_id] for e in examples if e.response)
+    n_cut = sum(e.response[-1] != student.tokenizer.eos_token_id for e in examples if e.response)
     print(f"data: {len(data.train)} training prompts, "
           f"{sum(bool(e.response) for e in data.train)} with a response; {len(data.valid)} "
           f"validation, {len(data.test)} test rows; cut to fit: "
-          f"{sum(n for _, n in encoded.values())} prompts, {n_cut} responses", flush=True)
+          f"{sum(e.row['cut'] for e in examples)} prompts, {n_cut} responses", flush=True)
     data.hash = hash_of([e.prompt, e.response] for e in examples)
     return data
 
@@ -919,23 +915,19 @@ def check_tokens(examples, student, teacher):
     """BadInput where a token id in use is beyond an embedding, or another token to the teacher."""
     used = {student.tokenizer.eos_token_id: "the end of a response"}
     for e in examples:
-        used.update((i, e.row["where"]) for i in {*e.prompt, *e.response} - set(used))
-        for model, ids in ((student, e.prompt + e.response),
-                           (teacher, e.teacher_prompt + e.response)):
-            if model and max(ids) >= len(model.get_input_embeddings().weight):
-                token = model.tokenizer.convert_ids_to_tokens(max(ids))
-                raise BadInput(f"{e.row['where']}: token {token!r} is beyond the embedding of "
-                               f"{model.config.name_or_path}: call resize_token_embeddings")
-    if teacher is None:
-        return
-    ours, theirs = student.tokenizer, teacher.tokenizer
+        used.update(dict.fromkeys({*e.prompt, *e.response} - set(used), e.row["where"]))
+    ours, theirs = student.tokenizer, teacher.tokenizer if teacher else student.tokenizer
     if ours.eos_token_id != theirs.eos_token_id:
         raise BadInput(
             f"the student ends a response with {ours.eos_token}, the teacher with "
             f"{theirs.eos_token}: for a chat teacher and a base student of one family save the "
             "teacher's tokenizer into a copy of the student's directory; else choose another pair")
+    sizes = [len(m.get_input_embeddings().weight) for m in (student, teacher) if m]
     for i, where in sorted(used.items()):
         a, b = ours.convert_ids_to_tokens(i), theirs.convert_ids_to_tokens(i)
+        if i >= min(sizes):
+            raise BadInput(f"{where}: token {a!r} ({i}) is beyond an embedding of {min(sizes)} "
+                           "tokens: call resize_token_embeddings on that model")
         if a != b:
             raise BadInput(f"teacher and student have different tokenizers: token {i} ({where}) is "
                            f"{a!r} for the student and {b!r} for the teacher: choose another pair")
@@ -944,7 +936,7 @@ def check_tokens(examples, student, teacher):
 def check_context(model, role, cfg):
     """BadInput where prompts and responses may be longer than what a model can read."""
     context, parts = model and context_of(model), (cfg.max_prompt, cfg.max_response)
-    if context and (max if model.config.is_encoder_decoder else sum)(parts) > context:
+    if context and (max if is_encdec(model) else sum)(parts) > context:
         raise BadInput(f"--max-prompt {parts[0]} and --max-response {parts[1]} do not fit the "
                        f"{role}'s context of {context} tokens: lower them")
 
@@ -1061,7 +1053,7 @@ def collate(examples, model, role="student"):
     owner = torch.repeat_interleave(torch.arange(len(examples)), lengths)
     place = torch.cat([torch.arange(len(r)) for r in responses])  # (R,) in its own response
     before = torch.tensor([len(p) for p in prompts])
-    if model.config.is_encoder_decoder:
+    if is_encdec(model):
         tokens = pad(prompts)
         mask = (torch.arange(tokens.shape[1]) < before[:, None]).long()
         decoder_tokens = pad([[model.config.decoder_start_token_id] + r[:-1] for r in responses])
@@ -1075,9 +1067,8 @@ def collate(examples, model, role="student"):
 def make_batch(examples, student, teacher=None):
     """Examples -> Batch on the device, with the teacher's view of it if its prompts differ."""
     batch = collate(examples, student)
-    if teacher is not None and (any(e.prompt is not e.teacher_prompt for e in examples)
-                                or teacher.config.is_encoder_decoder
-                                != student.config.is_encoder_decoder):
+    if teacher and (is_encdec(teacher) != is_encdec(student)
+                    or any(e.prompt is not e.teacher_prompt for e in examples)):
         batch.teacher_view = collate(examples, teacher, "teacher")
     return batch.to(student.device)
 
@@ -1109,7 +1100,7 @@ def response_states(model, batch):
     A decoder-only model runs right-padded and without a mask: it never looks to the right, and
     without a mask the fast attention kernels serve. Under autocast the states have its dtype.
     """
-    if model.config.is_encoder_decoder:
+    if is_encdec(model):
         memory = model.get_encoder()(input_ids=batch.tokens, attention_mask=batch.mask)[0]
         hidden = model.get_decoder()(
             input_ids=batch.decoder_tokens, encoder_hidden_states=memory,
@@ -1170,18 +1161,6 @@ def log_softmax_at(logits, targets):
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def response_logprobs(model, batch):
-    """(B,) log q(y|x) of whole responses, EOS included; differentiable. For losses that need this
-    sum before they are formed: the backward pass computes the logits of each chunk again."""
-    def piece(part, targets):
-        return log_softmax_at(logits_of(model, part), targets)
-
-    hidden = response_states(model, batch)
-    logprobs = torch.cat([checkpoint(piece, hidden[rows], batch.targets[rows], use_reentrant=False)
-                          for rows in chunk_slices(hidden, model)])  # (R,)
-    return logprobs.new_zeros(len(batch.lengths)).index_add(0, batch.owner, logprobs)
-
-
 @torch.no_grad()
 def row_values(function, model, batch, teacher=None, teacher_batch=None):
     """(R,k): the k values that function(logits (r,V), teacher_logits (r,V) or None, targets (r,))
@@ -1193,12 +1172,6 @@ def row_values(function, model, batch, teacher=None, teacher_batch=None):
         found = function(logits_of(model, hidden[rows]), teacher_logits, batch.targets[rows])
         values.append(torch.stack(found, -1))
     return torch.cat(values)
-
-
-def pad_responses(values, lengths):
-    """(R,) values of response tokens -> (B,N): one response a line, filled with 0."""
-    inside = torch.arange(int(lengths.max()), device=values.device) < lengths[:, None]
-    return values.new_zeros(inside.shape).masked_scatter(inside, values)
 
 
 # --- Sampling -------------------------------------------------------------------------------------
@@ -1326,15 +1299,15 @@ def teacher_responses(teacher, examples, cfg):
         if not file.is_file():
             print(f"the teacher responds to {len(examples)} prompts ...", flush=True)
             answered = respond(teacher, examples, cfg, seed=cfg.seed, role="teacher")
-            with blaming(f"{cache} (set XDG_CACHE_HOME to keep responses elsewhere)"):
+            with blaming("XDG_CACHE_HOME, where the teacher's responses are kept"):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write(file, json.dumps([e.response for e in answered]))
         return json.loads(file.read_text())
 
-    responses = from_process_0(ask)
-    n_cut = sum(r[-1] != eos for r in responses)
-    print(f"teacher responses: {len(responses)}, {n_cut} of them cut at --max-response", flush=True)
-    return [dataclasses.replace(e, response=r) for e, r in zip(examples, responses)]
+    answered = [dataclasses.replace(e, response=r) for e, r in zip(examples, from_process_0(ask))]
+    n_cut = sum(e.response[-1] != eos for e in answered)
+    print(f"teacher responses: {len(answered)}, {n_cut} of them cut at --max-response", flush=True)
+    return answered
 
 
 # --- Evaluation: one for all methods that learn responses to prompts ------------------------------

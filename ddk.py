@@ -1,43 +1,41 @@
 """DDK: distil more on the domains in which the student lags behind the teacher.
 
 Liu et al., "DDK: Distilling Domain Knowledge for Efficient Large Language Models", NeurIPS 2024,
-https://arxiv.org/abs/2407.16154; implemented from the paper's text, since no official code was found.
+arxiv.org/abs/2407.16154; implemented from the paper's text, since no official code was found.
 
-The corpus is split into D domains. CE_q[i] and CE_p[i] are the cross entropies of student q and frozen
-teacher p on fixed validation text of domain i. An interval is K optimizer steps. For all i at once:
+The corpus is split into D domains. CE_q[i] and CE_p[i] are the cross entropies of student q and
+frozen teacher p on fixed validation text of domain i. An interval is K steps. For all i at once:
 
-    gap     = ppl_q / ppl_p = exp(CE_q - CE_p)                the paper's rho: ratio of perplexities
-    r_0     = softmax(gap_0)                                  from the student as given                 (1)
+    gap     = ppl_q / ppl_p = exp(CE_q - CE_p)                a ratio of perplexities (its rho)
+    r_0     = softmax(gap_0)                                  from the student as given        (1)
     psi     = r_t exp(gap_{t+1})                              gaps at the start of interval t + 1
-    r_{t+1} = smoothing psi / sum(psi) + (1 - smoothing) / D  factor smooth updating                    (2)
-    L       = CE + gamma KL(p_tau||q_tau)                     mean over the tokens of the step          (3)
+    r_{t+1} = smoothing psi / sum(psi) + (1 - smoothing) / D  factor smooth updating           (2)
+    L       = CE + gamma KL(p_tau||q_tau)                     mean over the tokens of a step   (3)
 
-    p_tau = softmax(teacher_logits / tau), q_tau likewise. In the code: r shares, kept as log_shares; K
-    cfg.interval; smoothing, the paper's alpha, gamma and tau are cfg's.
+    p_tau = softmax(teacher_logits / tau), q_tau likewise. In the code: r shares, log r log_shares,
+    K cfg.interval; smoothing (the paper's alpha), gamma and tau are cfg's.
 
-(2) multiplies the old shares by exp(gap); it is no moving average. A part 1 - smoothing of the data is always
-uniform, so no domain starves. Only differences between gaps count. The entropy that nobody can predict
-cancels in a gap, so a domain of noise gets hardly more than the floor.
+(2) multiplies the old shares by exp(gap); it is no moving average. A part 1 - smoothing of the data
+is always uniform, so no domain starves. Only differences between gaps count. What nobody can
+predict cancels in a gap, so a domain of noise gets hardly more than the floor.
 
 What differs from the paper, and what it leaves open:
- 1. KL(p||q), the "forward" KL. The paper prints KL(student, teacher); we read it as the arguments of
-    F.kl_div, which takes the student first and computes KL(teacher||student).
+ 1. KL(p||q), the "forward" KL. The paper prints KL(student, teacher); we read that as the arguments
+    of F.kl_div, which takes the student first and computes KL(teacher||student).
  2. (3) is over the training batches that r drew, as in Algorithm 1, and has no factor tau^2.
- 3. Interval 0, the paper's "random sample", takes domains in natural proportion: r_0 is a prior only.
- 4. A domain goes through all its sequences, reshuffled, before one repeats. Documents are packed with EOS.
+ 3. Interval 0, the paper's "random sample", has natural proportions: r_0 is only a prior.
+ 4. A domain goes through all its sequences before one repeats. Documents are packed, with EOS.
  5. The teacher is measured once, because it never changes. Test text steers nothing.
- 6. AdamW, batch size, clipping and weight decay are ours: the paper is silent.
 
-What to watch: `gap_<domain>` falls towards 1, and `share_<domain>` follows it. `worst_gap` is what the method
-works on; read `mean_ce` beside it, since a mixture only moves effort around.
+What to watch: `gap_<domain>` falls towards 1, and `share_<domain>` follows it. `worst_gap` is what
+the method works on; read `mean_ce` beside it, since a mixture only moves effort around.
 
-    python ddk.py                                       DDK on six small domains
-    python ddk.py --mix uniform                         every domain equally often
-    python ddk.py --mix natural                         in proportion to the corpus: plain KD
-    python ddk.py --mix no-smoothing                    r = softmax(gap) in every interval
-    python ddk.py --mix code=.4,prose=.3,log=.1,json=.1,csv=.05,noise=.05      any fixed mixture
-    python ddk.py --teacher Qwen/Qwen1.5-14B --student Qwen/Qwen1.5-1.8B --data corpus --max-tokens 2048 \
-        --lr 3e-5 --steps 30000 --batch-size 256 --accum 64 --interval 1000 --warmup 1000 --gap-rows 500
+    python ddk.py                            DDK on six small domains
+    python ddk.py --mix uniform              every domain equally often; natural: plain KD
+    python ddk.py --mix no-smoothing         r = softmax(gap) in every interval
+    python ddk.py --mix code=.4,prose=.3,log=.1,json=.1,csv=.05,noise=.05      a fixed mixture
+    python ddk.py --teacher Qwen/Qwen1.5-14B --student Qwen/Qwen1.5-1.8B --data corpus \
+        --max-tokens 2048 --lr 3e-5 --steps 30000 --batch-size 256 --accum 64 --interval 1000
 """
 import math
 import random
@@ -58,31 +56,29 @@ PREPARE = common.HERE / "data/domains/prepare.py"
 
 @dataclass
 class Config(common.Settings):
-    mix: str = "ddk"                 # ddk, no-smoothing (Eq. 1 alone), uniform, natural, or name=share,...
-    interval: int = 30               # K: steps between measuring gaps; 1000 in the paper, of 30,000
-    smoothing: float = 0.5           # share of data that follows the gaps; at 1 a domain may starve
+    mix: str = "ddk"                 # ddk, no-smoothing (Eq. 1), uniform, natural, name=share,...
+    interval: int = 30               # K: steps between measuring gaps; 1000 in the paper
+    smoothing: float = 0.5           # share of data that follows the gaps; at 1 domains may starve
     gamma: float = 0.2               # weight of the KL beside CE; 0: no distillation
     tau: float = 1.0                 # temperature of both softmaxes in the KL
-    gap_rows: int = 64               # validation sequences of a domain behind each gap; 500 in the paper
+    gap_rows: int = 64               # validation sequences behind each gap; 500 in the paper
     data: str = str(PREPARE.parent)  # folder with a file or folder of text for each domain
-    domains: str = ""                # or one by one: name=source,...; a file, folder, pattern or hub name
-    max_tokens: int = 64             # tokens of a packed sequence; 2048 or more for pretrained models
+    domains: str = ""                # or name=source,...; a file, folder, pattern or hub name
+    max_tokens: int = 64             # tokens of a packed sequence; for pretrained models 2048
     steps: int = 600                 # optimizer steps; 0 only evaluates
     batch_size: int = 24             # sequences of one optimizer step
-    eval_every: int = 30             # steps between lines on the validation gaps; DDK adds its intervals
+    eval_every: int = 30             # steps between lines on the gaps; DDK adds its intervals
     eval_rows: int = 200             # most test sequences of a domain
 
-    unused = ("response", "template", "teacher_template", "max_prompt", "max_response", "eval_temperature",
-              "kl_on")
+    unused = ("response", "template", "teacher_template", "max_prompt", "max_response",
+              "eval_temperature", "kl_on")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The method
-# ----------------------------------------------------------------------------------------------------------
+# --- The method -----------------------------------------------------------------------------------
 # D: domains. R: predicted tokens of a batch, r: of a chunk of it, V: vocabulary, H: hidden size.
 def domain_gap(student_ce, teacher_ce):
     """The ratio of the perplexities, from cross entropies in nats per token. (D,), (D,) -> (D,)."""
-    return (student_ce - teacher_ce).clamp(max=700).exp()  # exp(710) is infinite, and shares would be NaN
+    return (student_ce - teacher_ce).clamp(max=700).exp()  # exp(710) is infinite
 
 
 def prior(gap):
@@ -101,7 +97,7 @@ def mixture(log_shares, gap, smoothing):
 def distill_loss(student_logits, teacher_logits, targets, gamma, tau):
     """Eq. 3 of each row, and its two terms. (r,V), (r,V) or None, (r,) -> three (r,)."""
     ce = F.cross_entropy(student_logits, targets, reduction="none")  # (r,)
-    if teacher_logits is None:  # gamma = 0 needs no teacher; the KL is not measured then, and logged as 0
+    if teacher_logits is None:  # gamma = 0 needs no teacher; the KL is then logged as 0
         return ce, ce, torch.zeros_like(ce)
     # KL(p||q) written out, because F.kl_div takes its arguments the other way round
     logp = F.log_softmax(teacher_logits / tau, -1)  # (r,V)
@@ -111,18 +107,19 @@ def distill_loss(student_logits, teacher_logits, targets, gamma, tau):
 
 
 class DomainSampler:
-    """The shares, and what they have drawn: all that a resumed run needs to know about the mixture."""
+    """The shares, and what they drew: all that a resumed run must know about the mixture."""
 
     def __init__(self, sizes, seed):
         self.sizes, self.seed = sizes, seed                        # sequences of each domain
-        self.log_shares = None                                     # (D,) r, once gaps were measured
-        self.drawn = torch.zeros(len(sizes), dtype=torch.long)     # sequences drawn of each domain so far
+        self.log_shares = None                                     # (D,) once gaps were measured
+        self.drawn = torch.zeros(len(sizes), dtype=torch.long)     # sequences drawn so far
         self.total = torch.zeros(len(sizes), dtype=torch.float64)  # sum of the shares over steps
-        self.order = {}                                            # domain: (epoch, its permutation)
+        self.order = {}                                            # domain: (epoch, permutation)
 
     def generator(self, *what):
-        """Random numbers of their own for each purpose, such as ("step", 7): the same in every process."""
-        return torch.Generator().manual_seed(random.Random(repr((self.seed, *what))).getrandbits(62))
+        """Random numbers for a purpose such as ("step", 7), the same in every process."""
+        seed = random.Random(repr((self.seed, *what))).getrandbits(62)
+        return torch.Generator().manual_seed(seed)
 
     def draw(self, step, size, shares):
         """(domain, sequence) of each of `size` draws: a random domain, then its next sequence."""
@@ -130,7 +127,7 @@ class DomainSampler:
         drawn, generator = [], self.generator("step", step)
         for i in torch.multinomial(shares, size, replacement=True, generator=generator).tolist():
             epoch, at = divmod(int(self.drawn[i]), self.sizes[i])
-            if self.order.get(i, (None,))[0] != epoch:  # a new order for every pass through a domain
+            if self.order.get(i, (None,))[0] != epoch:  # a new order for every pass
                 generator = self.generator("epoch", i, epoch)
                 self.order[i] = epoch, torch.randperm(self.sizes[i], generator=generator)
             drawn.append((i, int(self.order[i][1][at])))
@@ -144,9 +141,7 @@ class DomainSampler:
         vars(self).update(state)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Domains
-# ----------------------------------------------------------------------------------------------------------
+# --- Domains --------------------------------------------------------------------------------------
 def parse_pairs(text, flag):
     """"code=src,prose=notes.txt" -> {"code": "src", "prose": "notes.txt"}."""
     pairs = [[x.strip() for x in part.partition("=")[::2]] for part in text.split(",")]
@@ -167,25 +162,26 @@ def find_domains(cfg):
             raise common.BadInput(f"{' '.join(command)} failed: see above")
     folder = folder / "text" if (folder / "text").is_dir() else folder
     if not folder.is_dir():
-        raise common.BadInput(f"--data {cfg.data}: a folder with a file or folder of text for each domain is wanted")
+        raise common.BadInput(f"--data {cfg.data}: a folder with the text of each domain is wanted")
     files = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
     names = [p.name.split(".")[0] for p in files]
     if len(set(names)) < max(2, len(names)):
-        raise common.BadInput(f"--data {cfg.data}: two or more domains with different names are wanted, and it has "
-                              f"{', '.join(p.name for p in files) or 'none'}")
+        raise common.BadInput(f"--data {cfg.data}: two or more domains with different names are "
+                              f"wanted, and it has {', '.join(p.name for p in files) or 'none'}")
     return dict(zip(names, map(str, files)))
 
 
 def load_domains(cfg, sources, student, teacher):
-    """SimpleNamespace(names, train, valid, test): train {name: sequences of --max-tokens tokens}, kept on disk;
-    valid and test {name: at most --gap-rows and --eval-rows Examples}."""
+    """SimpleNamespace(names, train, valid, test, before, hash): train {name: sequences of tokens},
+    kept on disk; valid and test {name: at most --gap-rows and --eval-rows Examples}."""
     before = common.around(student.tokenizer)[0]  # [BOS], for a tokenizer that has one
     for model, role in ((student, "student"), (teacher, "teacher")):
         context = model and common.context_of(model)
-        if model and model.config.is_encoder_decoder:
-            raise common.BadInput(f"the {role} is an encoder-decoder: running text needs a decoder-only model")
+        if model and common.is_encdec(model):
+            raise common.BadInput(f"--{role}: running text needs a decoder-only model")
         if context and len(before) + cfg.max_tokens > context:
-            raise common.BadInput(f"--max-tokens {cfg.max_tokens} does not fit the {role}'s context of {context} tokens")
+            raise common.BadInput(f"--max-tokens {cfg.max_tokens} does not fit the {role}'s "
+                                  f"context of {context} tokens")
     data = SimpleNamespace(names=list(sources), train={}, valid={}, test={}, before=before)
     for name, source in sources.items():
         with common.blaming(f"domain {name}"):
@@ -195,21 +191,23 @@ def load_domains(cfg, sources, student, teacher):
         if not len(packed["valid"]) or not len(packed["test"]):  # one long text: hold out its end
             whole = common.pack(texts, student.tokenizer, cfg.max_tokens)
             held = int(cfg.holdout * len(whole))
-            packed = {"train": whole[:len(whole) - 2 * held], "valid": whole[len(whole) - 2 * held:len(whole) - held],
-                      "test": whole[len(whole) - held:]}
+            cuts = [0, len(whole) - 2 * held, len(whole) - held, len(whole)]
+            packed = {s: whole[a:b] for s, a, b in zip(("train", "valid", "test"), cuts, cuts[1:])}
         for split, rows in packed.items():
             if not len(rows):
-                raise common.BadInput(f"domain {name}: too little text for {split}: give more of it, a larger "
-                                      "--holdout or a smaller --max-tokens")
+                raise common.BadInput(f"domain {name}: too little text for {split}: give more of "
+                                      "it, a larger --holdout or a smaller --max-tokens")
         data.train[name] = packed["train"]
-        data.valid[name] = [sequence(t, data.before, name) for t in common.spread(packed["valid"], cfg.gap_rows)]
-        data.test[name] = [sequence(t, data.before, name) for t in common.spread(packed["test"], cfg.eval_rows)]
-    measured = [e for split in (data.valid, data.test) for part in split.values() for e in part]
+        for split, most in ((data.valid, cfg.gap_rows), (data.test, cfg.eval_rows)):
+            rows = common.spread(packed["valid" if split is data.valid else "test"], most)
+            split[name] = [sequence(tokens, before, name) for tokens in rows]
+    measured = [e for name in data.names for e in data.valid[name] + data.test[name]]
     common.check_tokens(measured, student, teacher)
     sizes = {name: len(rows) for name, rows in data.train.items()}
     data.hash = common.hash_of([sizes, [e.response for e in measured]])
-    counts = [f"{n} {len(data.train[n])} {len(data.valid[n])} {len(data.test[n])}" for n in data.names]
-    print(f"data: sequences of {cfg.max_tokens} tokens (training, validation, test): {', '.join(counts)}", flush=True)
+    counts = [f"{n} {sizes[n]} {len(data.valid[n])} {len(data.test[n])}" for n in sizes]
+    print(f"data: sequences of {cfg.max_tokens} tokens (training, validation, test): "
+          f"{', '.join(counts)}", flush=True)
     return data
 
 
@@ -221,7 +219,7 @@ def sequence(tokens, before, name):
 
 
 def fixed_shares(mix, names, sizes):
-    """The shares of a mixture that does not follow the gaps; for DDK the natural ones. -> (D,) float64."""
+    """The shares (D,) of a mixture that does not follow the gaps; for DDK the natural ones."""
     if "=" not in mix:
         shares = [1.0] * len(sizes) if mix == "uniform" else sizes
     else:
@@ -229,17 +227,19 @@ def fixed_shares(mix, names, sizes):
         with common.blaming(f"--mix {mix}"):
             shares = [float(found.get(name, -1)) for name in names]
         if set(found) != set(names) or min(shares) < 0 or not 0.99 <= sum(shares) <= 1.01:
-            raise common.BadInput(f"--mix {mix}: shares of 0 or more, together 1, are wanted for {', '.join(names)}")
+            raise common.BadInput(f"--mix {mix}: shares of 0 or more, together 1, are wanted for "
+                                  f"{', '.join(names)}")
     shares = torch.tensor(shares, dtype=torch.float64)
     return shares / shares.sum()
 
 
 def domain_ce(model, examples, cfg):
-    """Cross entropy in nats per token on each domain's fixed sequences: {name: Examples} -> (D,) float64."""
+    """{name: Examples} -> (D,) float64: cross entropies in nats per token."""
     means = []
     for part in examples.values():
-        log_likelihood = common.per_response(common.log_likelihood, model, part, cfg, batch_size=cfg.batch_size)
-        means.append(-log_likelihood.sum() / sum(len(e.response) for e in part))
+        total = common.per_response(common.log_likelihood, model, part, cfg,
+                                    batch_size=cfg.batch_size).sum()
+        means.append(-total / sum(len(e.response) for e in part))
     return common.from_process_0(lambda: torch.stack(means))  # all must draw by the same shares
 
 
@@ -251,7 +251,7 @@ MEANINGS = {
 
 
 def metrics(names, student_ce, teacher_ce, shares=None):
-    """What is reported of a model: gaps to the teacher, where there is one, perplexities, and shares."""
+    """What is reported of a model: gaps to the teacher, perplexities, and shares."""
     m = {}
     if teacher_ce is not None:
         gap = domain_gap(student_ce, teacher_ce)
@@ -264,16 +264,15 @@ def metrics(names, student_ce, teacher_ce, shares=None):
     return m
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The loop
-# ----------------------------------------------------------------------------------------------------------
+# --- The loop -------------------------------------------------------------------------------------
 def train(cfg) -> dict:
     """One run: it fills its directory and returns its final metrics."""
-    common.check_settings(cfg, interval=(1, 10**9), smoothing=(0, 1), gamma=(0, 1e9), tau=(1e-3, 1e3),
-                          max_tokens=(2, 10**9), gap_rows=(1, 10**9))
+    common.check_settings(cfg, interval=(1, 10**9), smoothing=(0, 1), gamma=(0, 1e9),
+                          tau=(1e-3, 1e3), max_tokens=(2, 10**9), gap_rows=(1, 10**9))
     steered = cfg.mix in ("ddk", "no-smoothing")  # else gaps are measured for the log only
     if "=" not in cfg.mix and not steered and cfg.mix not in ("uniform", "natural"):
-        raise common.BadInput(f"--mix {cfg.mix}: ddk, no-smoothing, uniform, natural or name=share,name=share")
+        raise common.BadInput(f"--mix {cfg.mix}: ddk, no-smoothing, uniform, natural or "
+                              "name=share,name=share is wanted")
     if cfg.teacher == "none" and (cfg.gamma > 0 or steered):
         raise common.BadInput("--teacher none: only --gamma 0 with a fixed --mix needs no teacher")
     run = common.Run(cfg, __file__)
@@ -290,10 +289,10 @@ def train(cfg) -> dict:
     teacher_test = domain_ce(teacher, data.test, cfg) if teacher else None  # (D,)
     before = metrics(names, domain_ce(student, data.test, cfg), teacher_test)
 
-    # beta_2 = 0.98 averages squared gradients over 50 steps instead of 1000: runs have a few hundred
+    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000: runs have a few hundred
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
-    parts = {"student": student, "optimizer": optimizer, "sampler": sampler}  # what a checkpoint holds
+    parts = {"student": student, "optimizer": optimizer, "sampler": sampler}  # of a checkpoint
     start = run.start(data.hash, **parts)
     loss_of = torch.compile(distill_loss, dynamic=True) if cfg.compile else distill_loss
     student.train()
@@ -308,7 +307,8 @@ def train(cfg) -> dict:
         if new_interval:
             gap = domain_gap(student_ce, teacher_ce)
             first = step == 0 or cfg.mix == "no-smoothing"
-            sampler.log_shares = prior(gap) if first else mixture(sampler.log_shares, gap, cfg.smoothing)
+            sampler.log_shares = (prior(gap) if first
+                                  else mixture(sampler.log_shares, gap, cfg.smoothing))
         # r_0 is a prior only: interval 0 is drawn in natural proportion
         shares = sampler.log_shares.exp() if steered and step >= cfg.interval else fixed
         if measured:
@@ -328,12 +328,14 @@ def train(cfg) -> dict:
                 student_hidden = common.response_states(student, batch)                 # (R,H)
                 if cfg.gamma > 0:  # no graph: the teacher is frozen
                     teacher_hidden = common.response_states(teacher, batch)             # (R,H)
-            for rows, part in common.in_chunks(student_hidden, student):  # all logits would fill the memory
+            # logits of all R rows would take most of the memory
+            for rows, part in common.in_chunks(student_hidden, student):
                 student_logits = common.logits_of(student, part)                        # (r,V)
                 teacher_logits = None
                 if cfg.gamma > 0:
                     teacher_logits = common.logits_of(teacher, teacher_hidden[rows])    # (r,V)
-                loss, ce, kl = loss_of(student_logits, teacher_logits, batch.targets[rows], cfg.gamma, cfg.tau)
+                loss, ce, kl = loss_of(student_logits, teacher_logits, batch.targets[rows],
+                                       cfg.gamma, cfg.tau)
                 (loss.sum() / n_tokens).backward()  # one denominator for the whole step
                 totals += torch.stack([loss.detach().sum(), ce.detach().sum(), kl.detach().sum()])
         totals /= n_tokens
@@ -344,14 +346,16 @@ def train(cfg) -> dict:
 
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
             loss, ce, kl = totals.tolist()
-            run.log(step, loss=loss, ce=ce, kl=kl, grad_norm=grad_norm.item(), lr=lr, tokens=n_tokens)
+            run.log(step, loss=loss, ce=ce, kl=kl, grad_norm=grad_norm.item(), lr=lr,
+                    tokens=n_tokens)
         run.end_step(step + 1, **parts)
 
     rows = {"teacher": metrics(names, teacher_test, teacher_test)} if teacher else {}
     shares = sampler.total / max(1, cfg.steps)  # their mean over the run
-    rows |= {"before": before, "after": metrics(names, domain_ce(student, data.test, cfg), teacher_test, shares)}
-    meanings = MEANINGS | {f"gap_{n}": f"its mean share of the data: {share:.2f}" for n, share in zip(names, shares)}
-    return run.finish(student, rows, meanings)
+    after = metrics(names, domain_ce(student, data.test, cfg), teacher_test, shares)
+    meanings = MEANINGS | {f"gap_{n}": f"gap of a domain with {share:.2f} of the data"
+                           for n, share in zip(names, shares.tolist())}
+    return run.finish(student, rows | {"before": before, "after": after}, meanings)
 
 
 if __name__ == "__main__":

@@ -1,46 +1,45 @@
 """GOLD: an LLM writes the training data, steered by what the student finds strange.
 
 Gholami, Akbari, Hu, Masrani, Wang, Zhang, "GOLD: Generalized Knowledge Distillation via
-Out-of-Distribution-Guided Language Data Generation", Findings of NAACL 2024,
-https://arxiv.org/abs/2403.19754; code: https://github.com/mgholamikn/GOLD. (A trainer of that name in
-Hugging Face's TRL is another method.)
+Out-of-Distribution-Guided Language Data Generation", NAACL 2024 Findings, arxiv.org/abs/2403.19754;
+code: https://github.com/mgholamikn/GOLD. (A trainer of that name in TRL is another method.)
 
 The LLM p is a black box that gives text only. A task brings a description, K real samples and, for
-classification, labels. Round t asks for b training samples X_t, and then for b samples V_t that are to be
-different ("OOD prompt"). Of V_t the strange ones, yet not the strangest, are the feedback F_t, which the next
-round shows to the LLM if its number is even.
+classification, labels. Round t asks for b training samples X_t, and then for b samples V_t that are
+to be different (the "OOD prompt"). Of V_t the strange ones, yet not the strangest, are the feedback
+F_t, which the next round shows to the LLM if its number is even.
 
-    X_t = p(task + real samples + F_{t-1})                                                              (1)
-    V_t = p(task + real samples + F_{t-1} + X_t[:2] + "different from all above")                       (2)
-    E(x,y) = - mean_j log sum_v exp f_v(x, y_<j)            energy; f_v: the scorer's logit of token v  (3)
-    F_t = the samples of V_t with rank floor(.5 b) to floor(.8 b) - 1 by energy, counted from 0         (4)
+    X_t = p(task + real samples + F_{t-1})                                                      (1)
+    V_t = p(task + real samples + F_{t-1} + X_t[:2] + "different from all above")               (2)
+    E(x,y) = - mean_j log sum_v exp f_v(x, y_<j)     energy; f_v: the scorer's logit of v       (3)
+    F_t = the samples of V_t with rank floor(.5 b) to floor(.8 b) - 1 by energy, from 0         (4)
 
-X_t and V_t all join the data set. For classification a label is drawn first and the LLM writes a text for it.
-The scorer f is a copy of the student that is trained every few rounds on what there is; its energy is high
-where it has seen little. At the end a fresh student q learns y from x by symmetric cross entropy:
+All of X_t and V_t join the data set. For classification a label is drawn first, and the LLM writes
+a text for it. The scorer f is a copy of the student that is trained every few rounds on what there
+is: its energy is high where it has seen little. At the end a fresh student q learns y from x:
 
-    L = mean over response tokens of ce_weight (-log q_y) + reverse_ce_weight (-log 1e-4) (1 - q_y)     (5)
+    L = mean over response tokens of
+        ce_weight (-log q_y) + reverse_ce_weight (-log 1e-4) (1 - q_y)      symmetric CE        (5)
 
-    q_y is the probability of the observed token. The second term is bounded: a label that the student finds
-    unlikely, as wrong ones are, gets hardly any gradient from it. In the code: X_t fresh, V_t strange, F
-    feedback, K the task's "shots", b cfg.round_size; the weights are the paper's alpha and beta.
+    q_y is the probability of the observed token. The second term is bounded: a label that q finds
+    unlikely, as wrong ones are, gets hardly any gradient from it. In the code: X_t fresh, V_t
+    strange, F feedback, K the task's "shots", b cfg.round_size; the weights are alpha and beta.
 
-What differs from the paper (we know its abstract and the released code, which does not run as it is):
- 1. Energies and losses skip padding. The code averages over answers that are padded to 32 tokens.
+What differs from the paper (we know its abstract and the released code, which does not run as is):
+ 1. Energies and losses skip padding. The code averages over answers padded to 32 tokens.
  2. The budget counts samples. The code counts files, which leaves half of the rounds unused.
  3. Samples that do not parse, and texts of validation or test rows, are asked for again.
  4. V_t comes in every round, for all tasks. In a prompt a label stands before its text.
- 5. Equations are read by a parser; the code calls Python's eval.
 
-What to watch: `accuracy` on real test rows. `energy` has no zero, so compare it within a round only. `asked`
-is how many texts the LLM wrote for each sample kept. Where topics are known, `modes` and `tail_mass` should
-rise and `garbage` should not.
+What to watch: `accuracy` on real test rows. `energy` has no zero: compare it within a round only.
+`asked` is how many texts the LLM wrote for each sample kept. Where topics are known, `modes` and
+`tail_mass` should rise, and `garbage` should not.
 
-    python gold.py                                          reviews: OOD prompt and energy band
-    python gold.py --no-ood                                 Eq. 1 alone, without feedback
-    python gold.py --select random                          feed back any samples of V_t
+    python gold.py                              reviews: OOD prompt and energy band
+    python gold.py --no-ood                     Eq. 1 alone, without feedback
+    python gold.py --select random              feed back any samples of V_t
     python gold.py --task rte --teacher meta-llama/Llama-2-7b-chat-hf --student google-t5/t5-base \
-        --lr 5e-5 --scorer-lr 5e-5 --batch-size 8 --retrain 25 --passes 1 --steps 18750 --max-prompt 128
+        --lr 5e-5 --scorer-lr 5e-5 --batch-size 8 --retrain 25 --passes 1 --max-prompt 128
 """
 import ast
 import copy
@@ -48,7 +47,6 @@ import hashlib
 import json
 import math
 import operator
-import os
 import random
 import re
 import sys
@@ -65,34 +63,32 @@ import common
 
 @dataclass
 class Config(common.Settings):
-    task: str = "reviews"            # an entry of data/tasks.json, or a .json file in the form of an entry
-    data: str = ""                   # real rows, for the prompt and the test; empty: the task's own
+    task: str = "reviews"            # an entry of data/tasks.json, or a .json file of that form
+    data: str = ""                   # real rows for prompt and test; empty: the task's own
     budget: int = 3008               # samples to write and to train on
     round_size: int = 8              # b: samples of one call of the LLM
-    ood: bool = True                 # Eq. 2 in every round; --no-ood: Eq. 1 alone, and no feedback
-    select: Literal["band", "top", "random", "none"] = "band"  # what is fed back: Eq. 4, or a control
+    ood: bool = True                 # Eq. 2 in every round; --no-ood: Eq. 1 alone, no feedback
+    select: Literal["band", "top", "random", "none"] = "band"  # of the feedback: Eq. 4 or a control
     feedback: int = 2                # most samples fed back in a round
     temperature: float = 0.6         # of the LLM's samples; low: rare topics get lost
     top_k: int = 10                  # the LLM samples among its k likeliest tokens; 0: all
     top_p: float = 0.9               # and among the fewest that hold this share; 1: all
-    retrain: int = 12                # rounds between trainings of the scorer; 25 in the paper's code
-    passes: int = 3                  # epochs of such a training; 1 in the paper's code
-    scorer_lr: float = 2e-3          # learning rate of the scorer, constant; 5e-5 for pretrained models
-    ce_weight: float = 0.1           # of the cross entropy in Eq. 5; the code has 1, .1 and .01
+    retrain: int = 12                # rounds between trainings of the scorer; paper's code: 25
+    passes: int = 3                  # epochs of such a training; paper's code: 1
+    scorer_lr: float = 2e-3          # constant rate of the scorer; for pretrained models 5e-5
+    ce_weight: float = 0.1           # of the cross entropy in Eq. 5; paper's code: 1, .1 or .01
     reverse_ce_weight: float = 1.0   # of the reverse cross entropy
     max_response: int = 64           # tokens of the student's answer
-    steps: int = 1000                # optimizer steps of the student; 0: the LLM writes, nothing is trained
+    steps: int = 1000                # optimizer steps of the student; 0: the LLM writes only
     batch_size: int = 32             # sequences of one optimizer step
-    lr: float = 5e-3                 # peak; right for the toy models, 1e-5 to 5e-5 for pretrained ones
+    lr: float = 5e-3                 # peak; for pretrained models 1e-5 to 5e-5
     eval_every: int = 250            # steps between evaluations on validation rows
     eval_rows: int = 800             # most test rows to evaluate on; validation: at most 200
 
     unused = ("response", "teacher_template", "eval_temperature", "kl_on")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The method
-# ----------------------------------------------------------------------------------------------------------
+# --- The method -----------------------------------------------------------------------------------
 def energy(logits):
     """Eq. 3 of each row. It is no probability: a softmax would cancel it. (r,V) -> (r,)."""
     return -logits.logsumexp(-1)
@@ -114,32 +110,32 @@ def select_feedback(energies, select, most, rng):
 def sce_loss(logits, targets, ce_weight, reverse_ce_weight):
     """Eq. 5 of each row, and its CE. (r,V), (r,) -> two (r,).
 
-    The reverse cross entropy is -sum_k q_k log(target_k). With a one-hot target whose zeros are set to 1e-4
-    that is -log(1e-4) (1 - q_y) = 9.21 (1 - q_y).
+    The reverse cross entropy is -sum_k q_k log(target_k). With a one-hot target whose zeros are set
+    to 1e-4 that is -log(1e-4) (1 - q_y) = 9.21 (1 - q_y).
     """
     ce = F.cross_entropy(logits, targets, reduction="none")  # (r,)
     reverse_ce = -math.log(1e-4) * (1 - (-ce).exp())         # (r,)
     return ce_weight * ce + reverse_ce_weight * reverse_ce, ce
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Tasks: their table is data/tasks.json, which explains its entries
-# ----------------------------------------------------------------------------------------------------------
+# --- Tasks: their table is data/tasks.json, which explains its entries ----------------------------
 SLOT = re.compile(r"\{([^{}]+)\}")
-TASK = {"data": "", "train": "train", "test": "test", "about": "", "fields": {}, "label": "", "labels": {},
-        "label_name": "Label", "student": "", "shots": 3, "max_new": 256, "lengths": [3, 2000], "check": "",
-        "metric": "exact", "stop": ["\n\n", "\nSample "], "write": {}, "solve": {}}
+TASK = {"data": "", "train": "train", "test": "test", "about": "", "fields": {}, "label": "",
+        "labels": {}, "label_name": "Label", "student": "", "shots": 3, "max_new": 256,
+        "lengths": [3, 2000], "check": "", "metric": "exact", "stop": ["\n\n", "\nSample "],
+        "write": {}, "solve": {}}
 # The words around the samples. A task may bring words of its own.
 WRITE = {
-    "prompt": "{about}\n\n{shots}Write one more sample of this task, new and complete, in the same form, "
-              "and nothing after it.\n\n",
+    "prompt": "{about}\n\n{shots}Write one more sample of this task, new and complete, in the same "
+              "form, and nothing after it.\n\n",
     "shot": "Sample {n}:\n{sample}\n\n",
     "plain": "Here is a new sample.{meaning}\n\n",
-    "ood": "Here is a new sample.{meaning} It is about another topic, from another domain, and very "
-           "different from every sample above.\n\n",
+    "ood": "Here is a new sample.{meaning} It is about another topic, from another domain, and "
+           "very different from every sample above.\n\n",
 }
 SOLVE = {  # for the LLM's own score, with which the student is compared
-    "prompt": "{about}\n\n{shots}Give the {label_name} of the next sample, and nothing after it.\n\n",
+    "prompt": "{about}\n\n{shots}Give the {label_name} of the next sample, and nothing after it."
+              "\n\n",
     "shot": "Sample {n}:\n{sample}\n\n",
     "plain": "",
 }
@@ -151,65 +147,70 @@ def load_task(name):
         table = json.loads((common.HERE / "data/tasks.json").read_text())["tasks"]
         entry = json.loads(Path(name).read_text()) if name.endswith(".json") else table.get(name)
         if entry is None:
-            raise ValueError(f"there is no such task; choose one of {', '.join(table)}, or give a .json file")
+            raise ValueError(f"there are only {', '.join(table)}; or give a .json file")
         if unknown := set(entry) - set(TASK):
-            raise ValueError(f"unknown {', '.join(sorted(unknown))}; known are {', '.join(TASK)}")
+            raise ValueError(f"{', '.join(sorted(unknown))} is none of {', '.join(TASK)}")
         task = {**TASK, **entry, "name": Path(name).stem}
-        if not (task["fields"] and task["label"] and task["student"]):
-            raise ValueError("a task needs fields, label and student")
-        label, named = f"{task['label_name']}: {{label}}", [f"{f}: {{{f}}}" for f in task["fields"]]
+        label = f"{task['label_name']}: {{label}}"
+        named = [f"{f}: {{{f}}}" for f in task["fields"]]
         # where there are labels, the label is written first
-        lines = {"write": [label, *named] if task["labels"] else [*named, label], "solve": [*named, label]}
-        for mode in lines:
-            task[mode] = {"sample": "\n".join(lines[mode]), **task[mode]}
+        forms = {"write": [label, *named] if task["labels"] else [*named, label],
+                 "solve": [*named, label]}
+        for mode, lines in forms.items():
+            task[mode] = {"sample": "\n".join(lines), **task[mode]}
             if sorted(SLOT.findall(task[mode]["sample"])) != sorted([*task["fields"], "label"]):
                 raise ValueError(f"the sample of {mode} must hold each field and {{label}} once")
         for text in (task["student"], *task["labels"].values()):
-            text.format(**dict.fromkeys(task["fields"], ""))  # KeyError for a slot that is no field
-    if (common.HERE / task["data"]).is_dir():
+            text.format(**dict.fromkeys(task["fields"], ""))  # KeyError: a slot that is no field
+        if not (task["fields"] and task["label"] and task["student"]):
+            raise ValueError("a task needs fields, label and student")
+    if task["data"] and (common.HERE / task["data"]).is_dir():
         task["data"] = str(common.HERE / task["data"])
     return task
 
 
-def read_sample(record, where, task):
-    """A row of the task's data -> row: prompt and response of the student, the sample, all right answers."""
+def read_sample(row, where, task):
+    """A row of the task's data -> prompt and response of the student, the sample, all right answers
+    (references)."""
     def column(path):
-        value = record
+        value = row
         for part in path.split("."):
             if not isinstance(value, dict) or part not in value:
-                raise common.BadInput(f"{where}: there is no column {path} (there are: {', '.join(record)}): see "
-                                      "fields and label of the task")
+                raise common.BadInput(f"{where}: there is no column {path} among {', '.join(row)}: "
+                                      "see fields and label of the task")
             value = value[part]
         return value
 
-    sample, label, words = {f: str(column(c)) for f, c in task["fields"].items()}, column(task["label"]), list(task["labels"])
-    if words:
-        if str(label).isdigit() and label not in words:
-            label = words[int(label)] if int(label) < len(words) else label  # a class number
-        if label not in words:
+    sample = {field: str(column(path)) for field, path in task["fields"].items()}
+    label, words = column(task["label"]), list(task["labels"])
+    if words and label not in words:
+        if not str(label).isdigit() or int(label) >= len(words):
             raise common.BadInput(f"{where}: the label {label!r} is none of {', '.join(words)}")
+        label = words[int(label)]  # a class number
     right = [str(x) for x in (label if isinstance(label, list) else [label])] or [""]
-    known = {k: record[k] for k in ("topic", "weight", "tail") if k in record}
-    return {**student_row(task, {**sample, "label": right[0]}), "references": right, "where": where, **known}
+    known = {k: row[k] for k in ("topic", "weight", "tail") if k in row}
+    return {**student_row(task, {**sample, "label": right[0]}), "references": right,
+            "where": where, **known}
 
 
 def student_row(task, sample):
     """What the student reads and is to say."""
     prompt = task["student"].format(**sample)
-    return {"prompt": prompt, "response": sample["label"], "sample": sample, "columns": {"prompt": prompt},
-            "references": [sample["label"]], "where": f"task {task['name']}"}
+    return {"prompt": prompt, "response": sample["label"], "references": [sample["label"]],
+            "sample": sample, "columns": {"prompt": prompt}, "where": f"task {task['name']}"}
 
 
 def build_prompt(task, wording, shots, given, opening="plain"):
-    """What the LLM is asked, the beginning of its answer, and the template of what it is to go on with.
+    """What the LLM is asked, the beginning of its answer, and the template of the rest.
 
-    wording: WRITE or SOLVE. shots: the samples to show. given: what is known of the new sample, its label when
-    a sample is written, its fields when one is solved.
+    wording: WRITE or SOLVE. shots: the samples to show. given: what is known of the new sample, its
+    label when a sample is written, its fields when one is solved.
     """
     form = wording | task["write" if wording is WRITE else "solve"]
-    shown = "".join(form["shot"].format(n=i + 1, sample=form["sample"].format(**s)) for i, s in enumerate(shots))
+    shown = "".join(form["shot"].format(n=n, sample=form["sample"].format(**shot))
+                    for n, shot in enumerate(shots, 1))
     asked = form["prompt"].format(about=task["about"], shots=shown, label_name=task["label_name"])
-    names = {f: f for f in task["fields"]}  # "{Sentence2} follows from .." -> "Sentence2 follows from .."
+    names = {f: f for f in task["fields"]}  # "{Hypothesis} is true" -> "Hypothesis is true"
     meaning = task["labels"].get(given.get("label"), "").format(**names)
     begun = form[opening].format(meaning=f" {meaning}" if meaning else "")
     # the LLM goes on at the first slot that is not given
@@ -219,7 +220,7 @@ def build_prompt(task, wording, shots, given, opening="plain"):
 
 
 def parse_sample(text, template, stop):
-    """An LLM's text -> {slot: text}, by the template's words between the slots; {} where they do not fit."""
+    """An LLM's text -> {slot: text}, by the template's words between slots; {} if it misfits."""
     text = " " + text.strip()  # a text that starts with a stop word is empty
     for word in stop:
         text = text.split(word)[0]
@@ -230,7 +231,8 @@ def parse_sample(text, template, stop):
     return dict(zip(pieces[1::2], match.groups())) if match else {}
 
 
-OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+              ast.Div: operator.truediv}
 
 
 def value_of(equation):
@@ -242,55 +244,63 @@ def value_of(equation):
             return -walk(node.operand)
         return float(node.value)
 
-    text = re.sub(r"^\s*[a-zA-Z]\s*=|=.*", "", equation[:200])  # "x = 2 + 3" and "2 + 3 = 5" are read, too
+    text = re.sub(r"^\s*[a-zA-Z]\s*=|=.*", "", equation[:200])  # of "x = 2 + 3" and "2 + 3 = 5"
     try:
         return walk(ast.parse(text.strip(), mode="eval").body)
-    except (ValueError, TypeError, KeyError, AttributeError, SyntaxError, ArithmeticError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, SyntaxError, ArithmeticError):
         return None
 
 
 def well_formed(task, sample):
-    """Is a sample kept? By the lengths of its fields in characters and the task's own check of the answer."""
+    """Is a sample kept? Lengths are in characters; `check` is the task's, of the answer."""
+    low, high = task["lengths"]
     if set(sample) != {*task["fields"], "label"}:
         return False
-    if not all(task["lengths"][0] <= len(sample[f]) <= task["lengths"][1] for f in task["fields"]):
+    if not all(low <= len(sample[f]) <= high for f in task["fields"]):
         return False
     if task["check"] == "substring":  # a span that is copied from the first field
         return sample["label"] in sample[next(iter(task["fields"]))]
     return task["check"] != "equation" or value_of(sample["label"]) is not None
 
 
+def score(task, text, row):
+    """How right an answer is, 0 to 1."""
+    if task["metric"] == "rouge_l":
+        return common.rouge_l(text, row["references"])
+    if task["metric"] == "equation":
+        values = [value_of(t) for t in (text, row["references"][0])]
+        return float(None not in values and abs(values[0] - values[1]) < 1e-6)
+    return float(common.same_words(text, row["references"]))
+
+
 def task_metrics(task, texts, rows):
-    """accuracy, or rouge_l: the mean score of the answers. Where rows know their topic, also with all topics
-    equally frequent (uniform), and on rare topics only (tail)."""
-    scores = []
-    for text, row in zip(texts, rows):
-        if task["metric"] == "rouge_l":
-            scores.append(common.rouge_l(text, row["references"]))
-        elif task["metric"] == "equation":
-            value, right = value_of(text), value_of(row["references"][0])
-            scores.append(float(value is not None and right is not None and abs(value - right) < 1e-6))
-        else:
-            scores.append(float(text.split() in [r.split() for r in row["references"]]))
-    scores, weights = np.array(scores), np.array([r.get("weight", 1.0) for r in rows])
-    m = {"rouge_l" if task["metric"] == "rouge_l" else "accuracy": float(scores @ weights / weights.sum())}
-    if all("tail" in r for r in rows):
+    """accuracy, or rouge_l: the mean score of the answers. Where rows know their topic, also with
+    all topics equally frequent (uniform), and on rare topics only (tail)."""
+    scores = np.array([score(task, text, row) for text, row in zip(texts, rows)])
+    weights = np.array([row.get("weight", 1.0) for row in rows])
+    name = "rouge_l" if task["metric"] == "rouge_l" else "accuracy"
+    m = {name: float(scores @ weights / weights.sum())}
+    if all("tail" in row for row in rows):
         m["accuracy_uniform"] = float(scores.mean())
-        m["accuracy_tail"] = float(scores[[r["tail"] for r in rows]].mean())
+        m["accuracy_tail"] = float(scores[[row["tail"] for row in rows]].mean())
     return m
 
 
 def coverage(samples, topics):
     """What was written, where topics.json says which texts belong to which topic; else {}."""
-    for s in samples if topics else ():
-        if "topic" not in s:
-            text = " ".join(v for k, v in s["sample"].items() if k != "label")
-            s["topic"] = next((t["topic"] for t in topics if any(re.fullmatch(p, text) for p in t["patterns"])), None)
     if not topics:
         return {}
-    found, rare = [s["topic"] for s in samples if s["topic"]], {t["topic"] for t in topics if t["tail"]}
+    for s in samples:
+        if "topic" not in s:
+            text = " ".join(v for k, v in s["sample"].items() if k != "label")
+            fitting = [t["topic"] for t in topics
+                       if any(re.fullmatch(p, text) for p in t["patterns"])]
+            s["topic"] = fitting[0] if fitting else None
+    found = [s["topic"] for s in samples if s["topic"]]
+    rare = {t["topic"] for t in topics if t["tail"]}
     return {"modes": float(sum(found.count(t) >= 10 for t in set(found))),
-            "tail_mass": sum(t in rare for t in found) / len(samples), "garbage": 1 - len(found) / len(samples)}
+            "tail_mass": sum(t in rare for t in found) / len(samples),
+            "garbage": 1 - len(found) / len(samples)}
 
 
 MEANINGS = {
@@ -304,135 +314,142 @@ MEANINGS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The LLM
-# ----------------------------------------------------------------------------------------------------------
+# --- The LLM --------------------------------------------------------------------------------------
 class LLM:
-    """A black box: prompts in, texts out, in one batched call. Every text is kept in a file at once, and a
-    resumed run takes it from there instead of asking again."""
+    """A black box: prompts in, texts out, in one batched call. Every text is kept in a file at
+    once, and a resumed run takes it from there instead of asking again."""
 
     def __init__(self, model, task, real, held_out, file, cfg):
-        self.model, self.task, self.real, self.held_out, self.cfg = model, task, real, held_out, cfg
-        self.file, self.asked, self.kept = Path(file), 0, 0
-        lines = self.file.read_text(encoding="utf-8").split("\n") if self.file.exists() else [""]
-        self.written = {r["key"]: r["texts"] for r in map(json.loads, lines[:-1])}  # a kill may tear the last line
-        if lines[-1] and common.processes()[0] == 0:
-            common.write(self.file, "".join(x + "\n" for x in lines[:-1]))
+        self.model, self.task, self.real, self.held_out = model, task, real, held_out
+        self.cfg, self.file, self.asked, self.kept = cfg, file, 0, 0
+        lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else [""]
+        self.written = {r["key"]: r["texts"] for r in map(json.loads, lines[:-1])}
+        if lines[-1] and common.processes()[0] == 0:  # a kill has torn the last line
+            common.write(file, "".join(line + "\n" for line in lines[:-1]))
 
     def tokens(self, asked, begun):
-        """The question through the chat template, where there is one, then the beginning of the answer."""
-        tokenizer, is_encdec = self.model.tokenizer, self.model.config.is_encoder_decoder
-        asked = asked + begun if is_encdec else asked
+        """The question through the chat template, where there is one, then the begun answer."""
+        encdec, tokenizer = common.is_encdec(self.model), self.model.tokenizer
+        asked = asked + begun if encdec else asked
         row = {"prompt": asked, "columns": {"prompt": asked}, "where": "the prompt of the LLM"}
         template = "auto" if tokenizer.chat_template else "{prompt}"
-        ids = common.encode_prompts([row], template, self.model, 10**9)[0][0]
-        ids = ids if is_encdec else ids + tokenizer(begun, add_special_tokens=False).input_ids
-        context = common.context_of(self.model) or 10**9
-        room = context if is_encdec else context - self.task["max_new"]
+        ids = common.encode_prompts([row], template, self.model, 10**9)[0]
+        if not encdec:
+            ids = ids + tokenizer(begun, add_special_tokens=False).input_ids
+        room = common.context_of(self.model) or 10**9
+        room = room if encdec else room - self.task["max_new"]
         if len(ids) > room:
-            raise common.BadInput(f"a prompt of {len(ids)} tokens does not fit the LLM, whose context leaves {room}: "
-                                  "shorten about, shots or max_new of the task")
+            raise common.BadInput(f"a prompt of {len(ids)} tokens does not fit the LLM, which has "
+                                  f"room for {room}: shorten about, shots or max_new of the task")
         return ids
 
     def __call__(self, prompts, call, temperature=0.0, top_k=0, top_p=1.0):
-        """[(asked, begun)] -> texts. `call` names the call, so its random numbers are the same on resuming."""
+        """[(asked, begun)] -> texts. `call` names the call: its random numbers depend on it."""
         tokens = [self.tokens(asked, begun) for asked, begun in prompts]
         what = json.dumps([tokens, self.cfg.seed, call, temperature, top_k, top_p])
         key = hashlib.sha1(what.encode()).hexdigest()[:20]
-        seed = int(hashlib.sha1(json.dumps([self.cfg.seed, call]).encode()).hexdigest()[:15], 16)
+        named = hashlib.sha1(json.dumps([self.cfg.seed, call]).encode()).hexdigest()
 
         def ask():
             if key not in self.written:
-                responses = common.sample(self.model, tokens, self.task["max_new"], temperature, top_k, top_p, seed, 64)
-                decode = self.model.tokenizer.decode
-                self.written[key] = [decode(r, skip_special_tokens=True) for r in responses]
-                with open(self.file, "a", encoding="utf-8") as f:
-                    f.write(json.dumps({"call": call, "key": key, "texts": self.written[key]}) + "\n")
-                    f.flush()
-                    os.fsync(f.fileno())
+                responses = common.sample(self.model, tokens, self.task["max_new"], temperature,
+                                          top_k, top_p, seed=int(named[:15], 16), batch_size=64)
+                self.written[key] = [self.model.tokenizer.decode(r, skip_special_tokens=True)
+                                     for r in responses]
+                line = json.dumps({"call": call, "key": key, "texts": self.written[key]})
+                with open(self.file, "a", encoding="utf-8") as file:
+                    file.write(line + "\n")
             return self.written[key]
 
         return common.from_process_0(ask)
 
     def write(self, shots, given, opening, call):
-        """One sample for each of `given` (a label, or nothing). It is asked for again until it is well formed
-        and its text is none of a validation or test row."""
-        cfg, task, found, missing, tries, idle = self.cfg, self.task, [], list(given), 0, 0
+        """One sample for each of `given` (a label, or nothing). It is asked for again until it is
+        well formed and its text is not that of a validation or test row."""
+        cfg, task, found, tries, idle = self.cfg, self.task, [], 0, 0
+        missing = list(given)
         while missing:
             prompts = [build_prompt(task, WRITE, self.real + shots, g, opening) for g in missing]
-            texts = self([(asked, begun) for asked, begun, _ in prompts], [call, opening, tries], cfg.temperature,
-                         cfg.top_k, cfg.top_p)
+            texts = self([(asked, begun) for asked, begun, _ in prompts], [call, opening, tries],
+                         cfg.temperature, cfg.top_k, cfg.top_p)
             again = []
             for text, g, (_, _, rest) in zip(texts, missing, prompts):
                 sample = {**parse_sample(text, rest, task["stop"]), **g}
-                good = well_formed(task, sample) and student_row(task, sample)["prompt"] not in self.held_out
+                good = (well_formed(task, sample)
+                        and student_row(task, sample)["prompt"] not in self.held_out)
                 found.append(sample) if good else again.append(g)
             self.asked += len(missing)
             self.kept += len(missing) - len(again)
-            tries, idle = tries + 1, idle + 1 if len(again) == len(missing) else 0
+            tries += 1
+            idle = idle + 1 if len(again) == len(missing) else 0
             missing = again
             if idle == 20:
-                raise common.BadInput(f"not one text of the LLM could be used in 20 calls; it wrote {texts[:3]}: see "
-                                      f"prompt, lengths, check and max_new of the task, and {self.file}")
+                raise common.BadInput(
+                    f"not one text of the LLM could be used in 20 calls; it wrote {texts[:3]}: see "
+                    f"about, lengths, check and max_new of the task, and {self.file}")
         return found
 
     def answer(self, rows):
         """The LLM's own greedy answers to rows, with the same real samples in its prompt."""
         task = self.task
-        prompts = [build_prompt(task, SOLVE, self.real, {f: r["sample"][f] for f in task["fields"]}) for r in rows]
+        prompts = [build_prompt(task, SOLVE, self.real, {f: r["sample"][f] for f in task["fields"]})
+                   for r in rows]
         texts = self([(asked, begun) for asked, begun, _ in prompts], "answers")
-        answers = [parse_sample(t, rest, task["stop"]).get("label", "") for t, (_, _, rest) in zip(texts, prompts)]
-        plain = lambda text: re.sub(r"[\W_]+", " ", text.lower()).strip()  # "Not entailment." is not_entailment
+        answers = [parse_sample(text, rest, task["stop"]).get("label", "")
+                   for text, (_, _, rest) in zip(texts, prompts)]
+        plain = lambda text: re.sub(r"[\W_]+", " ", text.lower()).strip()  # Not entailment.
         words = sorted(task["labels"], key=len, reverse=True)
         return [next((w for w in words if plain(a).startswith(plain(w))), a) for a in answers]
 
 
 def pick_shots(task, rows, rng):
-    """The K real samples of the whole run, each label as often as any other, out of the first 10 K training
-    rows, so that typical ones can be put there."""
-    n = task["shots"]
-    order, chosen = rng.sample(range(min(len(rows), 10 * n)), min(len(rows), 10 * n)), []
+    """The K real samples of the whole run, each label as often as any other, out of the first 10 K
+    training rows, so that typical ones can be put there."""
+    n, near = task["shots"], min(len(rows), 10 * task["shots"])
+    order, chosen = rng.sample(range(near), near), []
     while order and len(chosen) < n:
-        if task["labels"]:  # the rarest label first; the sort is stable, so the draw decides among equals
-            taken = [s["label"] for s in chosen]
+        if task["labels"]:  # the rarest label first; among equals the draw decides
+            taken = [sample["label"] for sample in chosen]
             order.sort(key=lambda i: taken.count(rows[i]["sample"]["label"]))
         chosen.append(rows[order.pop(0)]["sample"])
     if len(chosen) < n:
-        raise common.BadInput(f"task {task['name']}: {n} real samples are wanted, the data has {len(chosen)}: add rows")
+        raise common.BadInput(f"task {task['name']}: {n} real samples are wanted, and the data has "
+                              f"{len(chosen)}: add rows")
     return chosen
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Two phases: the LLM writes the data, then the student learns
-# ----------------------------------------------------------------------------------------------------------
+# --- Two phases: the LLM writes the data, then the student learns ---------------------------------
 def write_data(llm, scorer, encode, topics, cfg, run):
-    """Phase 1, Eqs. 1 to 4: the samples, as dicts of sample, round, opening, energy, and fed (in F_t).
-
-    A resumed run does this phase again. That is quick, because what the LLM wrote is in its file.
-    """
+    """Phase 1, Eqs. 1 to 4: the samples, as dicts of sample, round, opening, fed (is it in F_t) and
+    energy. A resumed run does it again: what the LLM wrote comes from its file, which is quick."""
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=cfg.scorer_lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     words, b, samples = list(llm.task["labels"]), cfg.round_size, []
     rounds = math.ceil(cfg.budget / (2 * b if cfg.ood else b))
     for t in range(rounds):
-        rng = random.Random(f"{cfg.seed} {t}")  # what a round draws depends on seed and round alone
+        rng = random.Random(f"{cfg.seed} {t}")  # a round's draws depend on seed and round alone
         if cfg.ood and t > 0 and t % cfg.retrain == 0:
-            train_scorer(scorer, optimizer, encode([s["sample"] for s in samples]), rng, cfg, run)
-        feedback = [s["sample"] for s in samples if s["round"] == t - 1 and s["fed"]] if t % 2 == 0 else []
-        labels = [[{"label": rng.choice(words)} if words else {} for _ in range(b)] for _ in range(2)]
-        fresh = llm.write(feedback, labels[0], "plain", t)                                     # Eq. 1
+            train_scorer(scorer, optimizer, encode(samples), rng, cfg, run)
+        feedback = []
+        if t % 2 == 0:
+            feedback = [s["sample"] for s in samples if s["round"] == t - 1 and s["fed"]]
+        labels = [[{"label": rng.choice(words)} if words else {} for _ in range(b)] for _ in "XV"]
+        fresh = llm.write(feedback, labels[0], "plain", t)                                # Eq. 1
         new = [{"sample": s, "round": t, "opening": "plain", "fed": False} for s in fresh]
         if cfg.ood:
-            strange = llm.write(feedback + fresh[:2], labels[1], "ood", t)                     # Eq. 2
-            energies = energies_of(scorer, encode(strange), cfg)                               # Eq. 3
-            chosen = select_feedback(energies, cfg.select, cfg.feedback, rng)                  # Eq. 4
-            new += [{"sample": s, "round": t, "opening": "ood", "fed": i in chosen, "energy": energies[i]}
-                    for i, s in enumerate(strange)]
+            strange = llm.write(feedback + fresh[:2], labels[1], "ood", t)                # Eq. 2
+            strange = [{"sample": s, "round": t, "opening": "ood"} for s in strange]
+            energies = energies_of(scorer, encode(strange), cfg)                          # Eq. 3
+            chosen = select_feedback(energies, cfg.select, cfg.feedback, rng)             # Eq. 4
+            for i, s in enumerate(strange):
+                s |= {"fed": i in chosen, "energy": energies[i]}
+            new += strange
         samples += new
         if t % cfg.log_every == 0 or t + 1 == rounds:
             mean = {"energy": float(np.mean(energies))} if cfg.ood else {}
-            run.log(0, round=t, samples=len(samples), asked=llm.asked / llm.kept, **mean, **coverage(samples, topics))
-            print(f"      {[s['sample'] for s in new if s['fed']][:2] or [new[0]['sample']]}", flush=True)
+            run.log(0, round=t, samples=len(samples), asked=llm.asked / llm.kept, **mean,
+                    **coverage(samples, topics))
+            print(f"      {[s['sample'] for s in new if s['fed']][:2] or [fresh[0]]}", flush=True)
         run.leave_if_asked(f"after round {t}")
     if common.processes()[0] == 0:  # the data set that was made, for people and other scripts
         flat = [{**s["sample"], **{k: v for k, v in s.items() if k != "sample"}} for s in samples]
@@ -442,22 +459,24 @@ def write_data(llm, scorer, encode, topics, cfg, run):
 
 def energies_of(scorer, examples, cfg):
     """Eq. 3 of each sample, a mean over the tokens of its answer."""
-    sums = common.per_response(lambda logits, *_: (energy(logits),), scorer, examples, cfg)[:, 0].tolist()
-    return common.from_process_0(lambda: [x / len(e.response) for x, e in zip(sums, examples)])
+    sums = common.per_response(lambda logits, *_: (energy(logits),), scorer, examples, cfg)[:, 0]
+    means = [x / len(e.response) for x, e in zip(sums.tolist(), examples)]
+    return common.from_process_0(lambda: means)  # all must feed back the same
 
 
 def train_scorer(scorer, optimizer, examples, rng, cfg, run):
-    """A few epochs of plain CE over everything so far. Weights and optimizer go on from the last time; as in
-    the paper's code the rate is constant and nothing is clipped."""
+    """A few epochs of plain CE over everything so far. Weights and optimizer go on from the last
+    time; as in the paper's code the rate is constant and nothing is clipped."""
     scorer.train()
     for _ in range(cfg.passes):
         order = rng.sample(range(len(examples)), len(examples))
         for i in range(0, len(examples), cfg.batch_size):
             batch = common.make_batch([examples[j] for j in order[i:i + cfg.batch_size]], scorer)
             with common.precision(cfg, run.device):
-                hidden = common.response_states(scorer, batch)                     # (R,H)
+                hidden = common.response_states(scorer, batch)                            # (R,H)
             for rows, part in common.in_chunks(hidden, scorer):
-                ce = F.cross_entropy(common.logits_of(scorer, part), batch.targets[rows], reduction="sum")
+                logits = common.logits_of(scorer, part)                                   # (r,V)
+                ce = F.cross_entropy(logits, batch.targets[rows], reduction="sum")
                 (ce / len(batch.targets)).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -471,7 +490,7 @@ def train_student(student, optimizer, examples, evaluate, start, cfg, run):
 
     for step in range(start, cfg.steps):
         if step % cfg.eval_every == 0:
-            run.evaluated(step, evaluate(student))
+            run.evaluated(step, evaluate())
         lr = common.lr_at(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -482,10 +501,12 @@ def train_student(student, optimizer, examples, evaluate, start, cfg, run):
         totals = torch.zeros(2, device=run.device)
         for batch in micro:
             with common.precision(cfg, run.device):
-                hidden = common.response_states(student, batch)                                 # (R,H)
-            for rows, part in common.in_chunks(hidden, student):  # all logits would fill the memory
-                logits = common.logits_of(student, part)                                        # (r,V)
-                loss, ce = loss_of(logits, batch.targets[rows], cfg.ce_weight, cfg.reverse_ce_weight)
+                hidden = common.response_states(student, batch)                           # (R,H)
+            # logits of all R rows would take most of the memory
+            for rows, part in common.in_chunks(hidden, student):
+                logits = common.logits_of(student, part)                                  # (r,V)
+                loss, ce = loss_of(logits, batch.targets[rows], cfg.ce_weight,
+                                   cfg.reverse_ce_weight)
                 (loss.sum() / n_tokens).backward()  # one denominator for the whole step
                 totals += torch.stack([loss.detach().sum(), ce.detach().sum()])
         totals /= n_tokens
@@ -503,63 +524,67 @@ def train_student(student, optimizer, examples, evaluate, start, cfg, run):
 def train(cfg) -> dict:
     """One run: it fills its directory and returns its final metrics."""
     common.check_settings(
-        cfg, budget=(1, 10**9), round_size=(1, 10**6), feedback=(1, 10**6), temperature=(0, 1e3), top_k=(0, 10**9),
-        top_p=(1e-9, 1), retrain=(1, 10**9), passes=(1, 10**6), scorer_lr=(0, 1e3), ce_weight=(0, 1e6),
-        reverse_ce_weight=(0, 1e6))
+        cfg, budget=(1, 10**9), round_size=(1, 10**6), feedback=(1, 10**6), temperature=(0, 1e3),
+        top_k=(0, 10**9), top_p=(1e-9, 1), retrain=(1, 10**9), passes=(1, 10**6),
+        scorer_lr=(0, 1e3), ce_weight=(0, 1e6), reverse_ce_weight=(0, 1e6))
     if cfg.teacher == "none":
-        raise common.BadInput("--teacher none: somebody has to write the samples, so name a --teacher")
+        raise common.BadInput("--teacher none: somebody has to write the samples: name a --teacher")
     task = load_task(cfg.task)
     cfg = replace(cfg, data=cfg.data or task["data"])
     if not cfg.data:
-        raise common.BadInput(f"--task {cfg.task} has no data of its own: name real rows with --data")
+        raise common.BadInput(f"--task {cfg.task} has no data of its own: name rows with --data")
     run = common.Run(cfg, __file__)
 
     # data and models: the teacher is the LLM, in the compute dtype; the student's weights are fp32
     names = common.SPLITS | {task["train"]: "train", task["test"]: "test"}
-    splits = common.find_rows(cfg.data, names)
-    splits = {s: [read_sample(record, where, task) for where, record in records] for s, records in splits.items()}
-    splits = common.hold_out(splits, replace(cfg, steps=1))
+    splits = {split: [read_sample(row, where, task) for where, row in rows]
+              for split, rows in common.find_rows(cfg.data, names).items()}
+    splits = common.hold_out(splits, replace(cfg, steps=1))  # all three, also with --steps 0
     student, teacher = common.load_pair(cfg, run.device, same_tokens=False)
     common.check_context(student, "student", cfg)
     scorer = copy.deepcopy(student)
-    valid, test = (common.encode(common.spread(splits[s], n), student, None, cfg)[0]
-                   for s, n in (("valid", min(200, cfg.eval_rows)), ("test", cfg.eval_rows)))
-    common.check_tokens([*valid, *test], student, None)
-    held_out = {row["prompt"] for s in ("valid", "test") for row in splits[s]}
-    print(f"data: {len(splits['train'])} training prompts, of which {task['shots']} samples are shown to the LLM; "
-          f"{len(valid)} validation, {len(test)} test rows", flush=True)
-    file = Path(cfg.data, "topics.json")
-    topics = json.loads(file.read_text()) if file.is_file() else []
+    valid, test = (common.encode(common.spread(splits[split], most), student, None, cfg)
+                   for split, most in (("valid", min(200, cfg.eval_rows)), ("test", cfg.eval_rows)))
+    common.check_tokens(valid + test, student, None)
+    held_out = {row["prompt"] for split in ("valid", "test") for row in splits[split]}
+    print(f"data: {len(splits['train'])} training prompts, {task['shots']} of them shown to the "
+          f"LLM; {len(valid)} validation, {len(test)} test rows", flush=True)
+    topics, file = [], Path(cfg.data, "topics.json")
+    if file.is_file():
+        topics = json.loads(file.read_text())
 
     def encode(samples):
-        return common.encode([student_row(task, s) for s in samples], student, None, cfg)[0]
+        rows = [student_row(task, s["sample"]) for s in samples]
+        return common.encode(rows, student, None, cfg)
 
-    def answers_of(model, examples, temperature=0.0):
-        answered = common.respond(model, examples, cfg, temperature)
-        return [model.tokenizer.decode(e.response, skip_special_tokens=True) for e in answered]
+    def answers_of(examples, temperature=0.0):
+        answered = common.respond(student, examples, cfg, temperature)
+        return [student.tokenizer.decode(e.response, skip_special_tokens=True) for e in answered]
 
-    def evaluate(model, examples=valid):
-        return task_metrics(task, answers_of(model, examples), [e.row for e in examples])
+    def evaluate(examples=valid):
+        return task_metrics(task, answers_of(examples), [e.row for e in examples])
 
-    before = evaluate(student, test)  # ahead of run.start, which may load a later student
+    before = evaluate(test)  # ahead of run.start, which may load a later student
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     start = run.start(common.hash_of(sorted(held_out)), student=student, optimizer=optimizer)
-    llm = LLM(teacher, task, pick_shots(task, splits["train"], random.Random(cfg.seed)), held_out,
-              run.dir / "written.jsonl", cfg)
+    real = pick_shots(task, splits["train"], random.Random(cfg.seed))
+    llm = LLM(teacher, task, real, held_out, run.dir / "written.jsonl", cfg)
     if start == 0:
         samples = write_data(llm, scorer, encode, topics, cfg, run)
     else:
-        rows = [json.loads(line) for line in (run.dir / "samples.jsonl").read_text().splitlines()]
-        samples = [{**r, "sample": {k: r[k] for k in (*task["fields"], "label")}} for r in rows]
-    train_student(student, optimizer, encode([s["sample"] for s in samples[:cfg.budget]]), evaluate, start, cfg, run)
+        keys = (*task["fields"], "label")
+        lines = (run.dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        samples = [{**s, "sample": {k: s[k] for k in keys}} for s in map(json.loads, lines)]
+    train_student(student, optimizer, encode(samples[:cfg.budget]), evaluate, start, cfg, run)
 
-    rows, answers, drawn = [e.row for e in test], answers_of(student, test), answers_of(student, test, 1.0)
-    after = {**task_metrics(task, answers, rows), **coverage(samples, topics)}
-    generations = [{"prompt": r["prompt"], "greedy": a, "sample": s, "references": r["references"]}
-                   for r, a, s in zip(rows, answers, drawn)]
-    table = {"teacher": task_metrics(task, llm.answer(rows), rows), "before": before, "after": after}
-    return run.finish(student, table, MEANINGS, generations)
+    rows, answers = [e.row for e in test], answers_of(test)
+    generations = [{"prompt": row["prompt"], "greedy": answer, "sample": drawn,
+                    "references": row["references"]}
+                   for row, answer, drawn in zip(rows, answers, answers_of(test, 1.0))]
+    columns = {"teacher": task_metrics(task, llm.answer(rows), rows), "before": before,
+               "after": {**task_metrics(task, answers, rows), **coverage(samples, topics)}}
+    return run.finish(student, columns, MEANINGS, generations)
 
 
 if __name__ == "__main__":

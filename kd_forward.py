@@ -1,37 +1,38 @@
-"""Word-level knowledge distillation: the student learns the teacher's whole next-token distribution.
+"""Word-level knowledge distillation: the student learns the teacher's next-token distribution.
 
-Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531
-Kim, Rush, "Sequence-Level Knowledge Distillation", EMNLP 2016, https://arxiv.org/abs/1606.07947
+Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arxiv.org/abs/1503.02531
+Kim, Rush, "Sequence-Level Knowledge Distillation", EMNLP 2016, arxiv.org/abs/1606.07947
 
-x is a prompt and y = y_1 .. y_n a response, with its end-of-sequence token (EOS). p is the teacher, q the
-student. At token t:
+x is a prompt and y = y_1 .. y_n a response, with its end-of-sequence token (EOS). p is the teacher,
+q the student. At token t:
 
-    CE      = -log q(y_t|x,y_<t)                                              maximum likelihood
-    KL(p||q) = sum_v p(v|x,y_<t) log [ p(v|x,y_<t) / q(v|x,y_<t) ]            the "forward" KL
-    L       = mean over response tokens of (1 - alpha) CE + alpha tau^2 KL(p_tau||q_tau)
+    CE       = -log q(y_t|x,y_<t)                                           maximum likelihood
+    KL(p||q) = sum_v p(v|x,y_<t) log [ p(v|x,y_<t) / q(v|x,y_<t) ]          the "forward" KL
+    L        = mean over response tokens of (1 - alpha) CE + alpha tau^2 KL(p_tau||q_tau)
 
-    p_tau = softmax(teacher_logits / tau), and q_tau likewise. A large tau makes the gradient about tau^2 times
-    smaller; the factor tau^2 undoes this. In the code: alpha = cfg.alpha, tau = cfg.tau, logp = log p_tau.
+    p_tau = softmax(teacher_logits / tau), and q_tau likewise. A large tau makes the gradient about
+    tau^2 times smaller, and the factor tau^2 undoes this. In the code: alpha = cfg.alpha, tau =
+    cfg.tau, logp = log p_tau, logq = log q_tau.
 
 Three classic baselines are settings of this loss:
-    KD      --alpha 1                          learn the teacher's distribution on the given responses
-    SFT     --alpha 0                          learn the given responses, without a teacher
-    SeqKD   --alpha 0 --responses teacher      learn responses that the teacher wrote
-With --responses teacher --alpha 1 the loss of a response is an unbiased estimate of the KL between whole
-responses, KL(p(y|x) || q(y|x)).
+    KD      --alpha 1                        learn the teacher's distribution on given responses
+    SFT     --alpha 0                        learn the given responses, without a teacher
+    SeqKD   --alpha 0 --responses teacher    learn responses that the teacher wrote
+With --responses teacher --alpha 1 the loss of a response is an unbiased estimate of the KL between
+whole responses, KL(p(y|x) || q(y|x)).
 
 What differs from the papers:
- 1. SeqKD learns samples of the teacher at temperature 1. The paper takes the output of a beam search.
+ 1. SeqKD learns samples of the teacher at temperature 1. The paper takes the output of beam search.
  2. The mean runs over all response tokens of a step at once, so long responses weigh more.
- 3. Prompt tokens are not trained on. CE uses logits that are not divided by tau, as in Hinton et al.
+ 3. Prompts are not trained on. CE uses logits that are not divided by tau, as in Hinton et al.
 
-What to watch: `kl_pq` on validation prompts should fall; it is what KD minimises. The training loss shows
-less: under SFT it falls while kl_pq rises, because the student memorises its labels.
+What to watch: `kl_pq` on validation prompts should fall; it is what KD minimises. The training loss
+shows less: under SFT it falls while kl_pq rises, because the student memorises its labels.
 
-    python kd_forward.py                                        KD on the labelled rows
-    python kd_forward.py --alpha 0                              SFT
-    python kd_forward.py --responses teacher                    KD on the teacher's responses: lowest kl_pq
-    python kd_forward.py --steps 0                              only evaluate
+    python kd_forward.py                                 KD on the labelled rows
+    python kd_forward.py --alpha 0                       SFT
+    python kd_forward.py --responses teacher             KD on the teacher's responses: lowest kl_pq
+    python kd_forward.py --steps 0                       only evaluate
     python kd_forward.py --teacher Qwen/Qwen2.5-1.5B --student Qwen/Qwen2.5-0.5B --data my.jsonl \
         --lr 1e-5 --batch-size 32 --accum 4
 """
@@ -47,21 +48,19 @@ import common
 
 @dataclass
 class Config(common.Settings):
-    alpha: float = 1.0               # weight of the KL; 1 - alpha is that of CE; .5 is common on human data
-    tau: float = 1.0                 # temperature of both softmaxes in the KL; above 1 shows rare tokens
-    responses: Literal["data", "teacher"] = "data"  # the given ones, or one of the teacher for every prompt
-    cache: bool = False              # keep the teacher's hidden states in memory: it runs in epoch 1 only
+    alpha: float = 1.0               # weight of the KL; CE has 1 - alpha; .5 suits human responses
+    tau: float = 1.0                 # temperature of both softmaxes; above 1 shows rare tokens
+    responses: Literal["data", "teacher"] = "data"  # the given ones, or the teacher's own
+    cache: bool = False              # keep the teacher's states in memory: it runs in epoch 1 only
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The method
-# ----------------------------------------------------------------------------------------------------------
-# R: response tokens of a batch, r: of a chunk of it. No row is a prompt token or padding, so no loss needs a
-# mask. V: vocabulary, H: hidden size.
+# --- The method -----------------------------------------------------------------------------------
+# R: response tokens of a batch, r: of a chunk of it; V: vocabulary, H: hidden size. No row is a
+# prompt token or padding, so no loss needs a mask.
 def kd_loss(student_logits, teacher_logits, targets, alpha, tau):
-    """The loss of each row and its two terms, CE and KL. (r,V), (r,V) or None, (r,) -> three (r,)."""
+    """The loss of each row, its CE and its KL. (r,V), (r,V) or None, (r,) -> three (r,)."""
     ce = F.cross_entropy(student_logits, targets, reduction="none")  # (r,)
-    if teacher_logits is None:  # alpha = 0 needs no teacher; the KL is not measured then, and logged as 0
+    if teacher_logits is None:  # alpha = 0 needs no teacher; the KL is then logged as 0
         return ce, ce, torch.zeros_like(ce)
     # KL(p||q) written out, because F.kl_div takes its arguments the other way round
     logp = F.log_softmax(teacher_logits / tau, -1)  # (r,V)
@@ -71,17 +70,15 @@ def kd_loss(student_logits, teacher_logits, targets, alpha, tau):
 
 
 def cached_states(teacher, batch, kept):
-    """The teacher's hidden states (R,H) of a batch. `kept` {example: states} fills up in the first epoch: the
-    responses never change, and with the output head these states give the exact distribution."""
+    """The teacher's hidden states (R,H) of a batch. `kept` {example: states} fills in epoch 1:
+    the responses never change, and the output head makes the exact distribution of these states."""
     if not all(e in kept for e in batch.examples):
         hidden = common.response_states(teacher, batch.for_teacher)
         kept.update(zip(batch.examples, hidden.cpu().split(batch.lengths.tolist())))
     return torch.cat([kept[e] for e in batch.examples]).to(batch.tokens.device)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The loop
-# ----------------------------------------------------------------------------------------------------------
+# --- The loop -------------------------------------------------------------------------------------
 def train(cfg) -> dict:
     """One run: it fills its directory and returns its final metrics."""
     common.check_settings(cfg, alpha=(0, 1), tau=(1e-3, 1e3))
@@ -105,7 +102,7 @@ def train(cfg) -> dict:
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
     before = evaluate_test(student)  # ahead of run.start, which may load a later student
 
-    # beta_2 = 0.98 averages squared gradients over 50 steps instead of 1000: runs have a few hundred
+    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000: runs have a few hundred
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     start = run.start(data.hash, student=student, optimizer=optimizer)
@@ -131,12 +128,14 @@ def train(cfg) -> dict:
                     teacher_hidden = cached_states(teacher, batch, kept)                # (R,H)
                 elif cfg.alpha > 0:  # no graph: the teacher is frozen
                     teacher_hidden = common.response_states(teacher, batch.for_teacher)
-            for rows, part in common.in_chunks(student_hidden, student):  # all logits would fill the memory
+            # logits of all R rows would take most of the memory
+            for rows, part in common.in_chunks(student_hidden, student):
                 student_logits = common.logits_of(student, part)                        # (r,V)
                 teacher_logits = None
                 if cfg.alpha > 0:
                     teacher_logits = common.logits_of(teacher, teacher_hidden[rows])    # (r,V)
-                loss, ce, kl = loss_of(student_logits, teacher_logits, batch.targets[rows], cfg.alpha, cfg.tau)
+                loss, ce, kl = loss_of(student_logits, teacher_logits, batch.targets[rows],
+                                       cfg.alpha, cfg.tau)
                 (loss.sum() / n_tokens).backward()  # one denominator for the whole step
                 totals += torch.stack([loss.detach().sum(), ce.detach().sum(), kl.detach().sum()])
         totals /= n_tokens
@@ -147,7 +146,8 @@ def train(cfg) -> dict:
 
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
             loss, ce, kl = totals.tolist()
-            run.log(step, loss=loss, ce=ce, kl=kl, grad_norm=grad_norm.item(), lr=lr, tokens=n_tokens)
+            run.log(step, loss=loss, ce=ce, kl=kl, grad_norm=grad_norm.item(), lr=lr,
+                    tokens=n_tokens)
         run.end_step(step + 1, student=student, optimizer=optimizer)
 
     rows = {"teacher": evaluate_test(teacher)} if teacher else {}

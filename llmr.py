@@ -1,42 +1,41 @@
-"""Reinforcement learning with the teacher's logits as the reward: the student writes, the teacher scores.
+"""Reinforcement learning with the teacher's logits as reward: the student writes, and is scored.
 
-Li, Hao, Mou, "LLMR: Knowledge Distillation with a Large Language Model-Induced Reward", LREC-COLING 2024,
-https://arxiv.org/abs/2409.12500; code: https://github.com/MANGA-UOFA/Prompt-LLMR
+Li, Hao, Mou, "LLMR: Knowledge Distillation with a Large Language Model-Induced Reward",
+LREC-COLING 2024, arxiv.org/abs/2409.12500; code: https://github.com/MANGA-UOFA/Prompt-LLMR
 
-For a prompt x the student q samples a response a_1 .. a_n, its end-of-sequence token (EOS) included. Token
-a_t is an action in the state s_t = (x, a_1 .. a_{t-1}). The teacher's logits f(s,a) are read as action
-values, and Bellman's optimality equation then gives the reward. (The equation numbers are ours.)
+For a prompt x the student q samples a response a_1 .. a_n, with its end-of-sequence token (EOS).
+Token a_t is an action in the state s_t = (x, a_1 .. a_{t-1}). The teacher's logits f(s,a) are read
+as action values, and Bellman's optimality equation then gives the reward. (The numbers are ours.)
 
-    Q(s,a) = f(s,a) - mean_a' f(s,a')                                     action value: centred logits  (1)
-    r_t    = Q(s_t,a_t) - V(s_{t+1}), V(s) = max_a Q(s,a), V = 0 at the end       induced reward        (2)
-    G_t    = r_t + r_{t+1} + ... + r_n                                            return-to-go          (3)
-    w_t    = q(a_t|s_t) / b(a_t|s_t)      importance ratio; b was sampled from, and w_t = 1 if b is q   (4)
-    W_t    = stop_gradient[ w_t (G_t - baseline_t) ]                              weight                (5)
-    L      = - 1/B sum over B responses of sum_t W_t log q(a_t|s_t)               REINFORCE             (6)
+    Q(s,a) = f(s,a) - mean_a' f(s,a')                               centred logits            (1)
+    r_t    = Q(s_t,a_t) - V(s_{t+1}), V(s) = max_a Q(s,a), V = 0 at the end: induced reward   (2)
+    G_t    = r_t + r_{t+1} + ... + r_n                              return-to-go              (3)
+    w_t    = q(a_t|s_t) / b(a_t|s_t)       b was sampled from; w_t = 1 where b is q           (4)
+    W_t    = stop_gradient[ w_t (G_t - baseline_t) ]                weight                    (5)
+    L      = - 1/B sum over B responses of sum_t W_t log q(a_t|s_t) REINFORCE                 (6)
 
-    In the code: f teacher_logits, Q action_value, V state_value, r reward, G returns, b sampler, w ratio
-    (the paper's rho), W weights. --value chooses V: max, the mean under the teacher, or logsumexp (lse).
+    In the code: f teacher_logits, Q action_value, V state_value, r reward, G returns, b sampler, w
+    ratio (the paper's rho), W weights. --value chooses V: max, the mean under p, or logsumexp.
 
-The total reward of a response is a constant plus the sum of the advantages log p(a_t|s_t) - max_a log
-p(a|s_t). None is above 0. So the optimum is the teacher's greedy response, with no entropy. With --value lse
-the return G_1 is V(s_1) + log p(y|x): short responses gain. With the mean long ones do.
+The total reward is a constant plus the sum of the advantages log p(a_t|s_t) - max_a log p(a|s_t),
+none of which is above 0. So the optimum is the teacher's greedy response, without any entropy. With
+--value lse the return G_1 is V(s_1) + log p(y|x), which favours short responses; mean, long ones.
 
-What differs from the paper (we know its abstract and the released code, whose settings are blank):
- 1. Responses that are cut at --max-response are kept, with V = 0 after their last token. Logits are only
-    fixed up to a constant for each state; it cancels if all responses count and L is divided by a constant.
- 2. L is divided by the number of responses. The release divides by tokens and drops cut responses.
- 3. The student samples at temperature 1 without truncation, and is refreshed at every step (--sync 1).
- 4. The release clips W, divides returns and adds an entropy term: tests/controls/llmr_release.py.
+What differs from the paper (we know its abstract and the released code, with blank settings):
+ 1. Cut responses count, with V = 0 after their last token. Logits are fixed only up to a constant
+    for each state. It cancels if all responses count and L is divided by a constant number.
+ 2. L is divided by responses; the release divides by tokens, and drops cut responses.
+ 3. The student samples at temperature 1, untruncated, and the sampler is always fresh (--sync 1).
+ 4. The release clips W, divides returns, adds an entropy term: tests/controls/llmr_release.py.
 
-What to watch: `advantage`, the sum of the advantages of a sampled response, is the objective and rises to 0.
-`nll` of sampled tokens falls: the student gives up wordings, so look at `wording_distance` too. The loss says
-nothing, because G has no fixed zero. If `no_end` is above a few per cent, raise --max-response.
+What to watch: `advantage`, summed over a response, is the objective and rises to 0. `nll` of the
+samples falls as the student gives up wordings: see `wording_distance`. The loss has no fixed zero.
 
-    python llmr.py                                        from the distilled student
-    python llmr.py --value lse                            log p(y|x) as the return
-    python llmr.py --baseline value                       the advantage-to-go as the weight
-    python llmr.py --sync 50                              a stale sampler and its importance ratio
-    python llmr.py --teacher Qwen/Qwen2.5-1.5B --student my-kl-student --data my.jsonl --lr 1e-6 --accum 8
+    python llmr.py                                   from the distilled student
+    python llmr.py --value lse                       log p(y|x) as the return
+    python llmr.py --baseline value                  the advantage-to-go as the weight
+    python llmr.py --sync 50                         a stale sampler and its importance ratio
+    python llmr.py --teacher Qwen/Qwen2.5-1.5B --student my-kl-student --data my.jsonl --lr 1e-6
 """
 import copy
 import sys
@@ -52,19 +51,17 @@ import common
 @dataclass
 class Config(common.Settings):
     student: str = "student-kl"      # where to start: a student after long KD
-    value: Literal["max", "mean", "lse"] = "max"  # V of a state: max (Bellman), mean of Q, or logsumexp
-    baseline: Literal["none", "value", "mean"] = "none"  # V of the state, or mean return of other responses
+    value: Literal["max", "mean", "lse"] = "max"  # V of a state: max (Bellman), mean, logsumexp
+    baseline: Literal["none", "value", "mean"] = "none"  # V of the state, or mean of other returns
     sync: int = 1                    # steps between refreshes of the sampler; 1: on policy, ratio 1
     steps: int = 600                 # optimizer steps; 0 only evaluates
-    lr: float = 1e-3                 # peak; right for the toy models, 1e-6 to 1e-5 for pretrained ones
+    lr: float = 1e-3                 # peak; for pretrained models 1e-6 to 1e-5
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The method
-# ----------------------------------------------------------------------------------------------------------
-# B: responses of a micro-batch, N: tokens of the longest, R: all response tokens, r: those of a chunk.
+# --- The method -----------------------------------------------------------------------------------
+# B: responses of a micro-batch, N: tokens of the longest, R: all response tokens, r: of a chunk.
 def teacher_values(teacher_logits, targets, value):
-    """Eq. 1 and V: Q of the token, V of its state, advantage of the token. (r,V), (r,) -> three (r,)."""
+    """Eq. 1: Q of the token, V of its state, advantage of the token. (r,V), (r,) -> three (r,)."""
     centred = teacher_logits - teacher_logits.mean(-1, keepdim=True)  # (r,V)
     action_value = centred.gather(-1, targets[:, None])[:, 0]         # (r,)
     greatest = centred.amax(-1)                                       # (r,)
@@ -80,8 +77,8 @@ def teacher_values(teacher_logits, targets, value):
 def induced_reward(action_value, state_value, lengths):
     """Eq. 2. Q and V (B,N), lengths (B,) -> (B,N), 0 after the last token of a response."""
     at = torch.arange(action_value.shape[1], device=action_value.device)  # (N,)
-    next_value = F.pad(state_value[:, 1:], (0, 1))                        # (B,N): V(s_2) .. V(s_N), 0
-    next_value = next_value.masked_fill(at >= lengths[:, None] - 1, 0.0)  # V = 0 at the end, see 1 above
+    next_value = F.pad(state_value[:, 1:], (0, 1))                        # V(s_2) .. V(s_N), 0
+    next_value = next_value.masked_fill(at >= lengths[:, None] - 1, 0.0)  # V = 0 at the end, see 1
     return (action_value - next_value).masked_fill(at >= lengths[:, None], 0.0)
 
 
@@ -91,24 +88,28 @@ def returns_to_go(reward):
 
 
 def mean_of_others(returns, lengths, total, count):
-    """The mean return of the tokens of all *other* responses: a mean with the own return in it would add a
-    bias. (B,N), (B,), and sum and number of all returns of the step -> (B,1)."""
+    """The mean return of the tokens of all *other* responses: with the own return in it, it would
+    add a bias. (B,N), (B,), and sum and number of all returns of the step -> (B,1)."""
     own = returns.sum(-1, keepdim=True)
     return (total - own) / (count - lengths[:, None]).clamp(min=1)
 
 
 def policy_weights(gain, logprobs, sampler_logprobs):
-    """Eqs. 4 and 5, detached. gain is G - baseline; sampler_logprobs None: on policy, ratio 1. -> (r,)."""
+    """Eqs. 4 and 5. gain is G - baseline; sampler_logprobs is None on policy, ratio 1. -> (r,)."""
     if sampler_logprobs is None:
         return gain.detach()
-    # only this token's ratio: an exact importance weight would be the product with all tokens before it
+    # this token's ratio only: the exact weight would be the product with all tokens before it
     ratio = (logprobs - sampler_logprobs).exp()
     return (ratio * gain).detach()  # without detach the gradient of the ratio would count, too
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The loop
-# ----------------------------------------------------------------------------------------------------------
+def pad_responses(values, lengths):
+    """(R,) values of response tokens -> (B,N): one response a line, filled with 0."""
+    inside = torch.arange(int(lengths.max()), device=values.device) < lengths[:, None]
+    return values.new_zeros(inside.shape).masked_scatter(inside, values)
+
+
+# --- The loop -------------------------------------------------------------------------------------
 def train(cfg) -> dict:
     """One run: it fills its directory and returns its final metrics."""
     common.check_settings(cfg, sync=(1, 10**9))
@@ -119,17 +120,17 @@ def train(cfg) -> dict:
     # data and models: the teacher is frozen, in the compute dtype; the student's weights are fp32
     rows = common.load_rows(cfg)
     student, teacher = common.load_pair(cfg, run.device)
-    data = common.load_data(cfg, rows, student, teacher)  # only the prompts of the training rows are used
+    data = common.load_data(cfg, rows, student, teacher)  # of train, only prompts are used
     sampler = student if cfg.sync == 1 else copy.deepcopy(student)
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
     before = evaluate_test(student)  # ahead of run.start, which may load a later student
 
-    # beta_2 = 0.98 averages squared gradients over 50 steps instead of 1000: runs have a few hundred
+    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000: runs have a few hundred
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
-    parts = {"student": student, "optimizer": optimizer, "sampler": sampler}  # what a checkpoint holds
+    parts = {"student": student, "optimizer": optimizer, "sampler": sampler}  # of a checkpoint
     start = run.start(data.hash, **parts)
     common.no_dropout(student)  # what is sampled and what is improved must be one distribution
     student.train()
@@ -156,39 +157,40 @@ def train(cfg) -> dict:
         for batch in micro:
             with common.precision(cfg, run.device):
                 values = common.row_values(lambda f, _, a: teacher_values(f, a, cfg.value),
-                                           teacher, batch.for_teacher)                       # (R,3)
+                                           teacher, batch.for_teacher)                   # (R,3)
             action_value, state_value, advantage = (
-                common.pad_responses(v, batch.lengths) for v in values.unbind(-1))           # (B,N)
-            returns = returns_to_go(induced_reward(action_value, state_value, batch.lengths))                # (B,N)
-            scores.append((returns, state_value, advantage))
+                pad_responses(v, batch.lengths) for v in values.unbind(-1))              # (B,N)
+            reward = induced_reward(action_value, state_value, batch.lengths)            # (B,N)
+            scores.append((returns_to_go(reward), state_value, advantage))
         n_responses = cfg.batch_size
         n_tokens = common.all_reduce_sum(sum(len(b.targets) for b in micro))
         all_returns = common.all_reduce_sum(sum(returns.sum() for returns, _, _ in scores))
 
-        # the student learns: loss, advantage, nll, and responses without an end
+        # the student learns; totals: loss, advantage, nll, share of responses without an end
         totals = torch.zeros(4, device=run.device)
         for batch, (returns, state_value, advantage) in zip(micro, scores):
             gain = returns
-            if cfg.baseline == "value":  # with V = max, G_t - V(s_t) is the sum of the advantages from t on
+            if cfg.baseline == "value":  # with V = max, G_t - V(s_t) sums the advantages from t on
                 gain = returns - state_value
             elif cfg.baseline == "mean":
                 gain = returns - mean_of_others(returns, batch.lengths, all_returns, n_tokens)
             inside = torch.arange(gain.shape[1], device=run.device) < batch.lengths[:, None]
-            gain = gain[inside]  # (B,N) -> (R,): response after response, as the rows are
+            gain, stale = gain[inside], None  # (B,N) -> (R,), response after response
             with common.precision(cfg, run.device):
-                stale = None
+                student_hidden = common.response_states(student, batch)                  # (R,H)
                 if cfg.sync > 1:
-                    stale = common.row_values(common.log_likelihood, sampler, batch)[:, 0]   # (R,)
-                student_hidden = common.response_states(student, batch)                      # (R,H)
-            for rows, part in common.in_chunks(student_hidden, student):  # all logits would fill the memory
-                logits = common.logits_of(student, part)                                     # (r,V)
-                logprobs = common.log_softmax_at(logits, batch.targets[rows])                # (r,)
-                weights = policy_weights(gain[rows], logprobs, None if stale is None else stale[rows])
-                loss = -(weights * logprobs).sum() / n_responses                             # Eq. 6
+                    stale = common.row_values(common.log_likelihood, sampler, batch)[:, 0]
+            # logits of all R rows would take most of the memory
+            for rows, part in common.in_chunks(student_hidden, student):
+                logits = common.logits_of(student, part)                                 # (r,V)
+                logprobs = common.log_softmax_at(logits, batch.targets[rows])            # (r,)
+                weights = policy_weights(gain[rows], logprobs,
+                                         None if stale is None else stale[rows])         # (r,)
+                loss = -(weights * logprobs).sum() / n_responses                         # Eq. 6
                 loss.backward()
                 totals[0] += loss.detach()
                 totals[2] -= logprobs.detach().sum() / n_tokens
-            last = batch.targets[batch.lengths.cumsum(0) - 1]                                # (B,)
+            last = batch.targets[batch.lengths.cumsum(0) - 1]                            # (B,)
             totals[1] += advantage.sum() / n_responses
             totals[3] += (last != student.tokenizer.eos_token_id).sum() / n_responses
         common.reduce_gradients(student, totals)
@@ -198,8 +200,8 @@ def train(cfg) -> dict:
 
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
             loss, advantage, nll, no_end = totals.tolist()
-            run.log(step, loss=loss, advantage=advantage, nll=nll, length=n_tokens / n_responses, no_end=no_end,
-                    grad_norm=grad_norm.item(), lr=lr, tokens=n_tokens)
+            run.log(step, loss=loss, advantage=advantage, nll=nll, length=n_tokens / n_responses,
+                    no_end=no_end, grad_norm=grad_norm.item(), lr=lr, tokens=n_tokens)
         run.end_step(step + 1, **parts)
 
     rows = {"teacher": evaluate_test(teacher), "before": before}
