@@ -34,6 +34,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -122,11 +127,9 @@ FREE = ("accum", "eval_every", "log_every", "save_every", "device", "compile", "
 
 
 def settings_of(config_class):
-    """{name: field} of a Config, its own settings first."""
-    fields = {f.name: f for f in dataclasses.fields(config_class)
-              if f.name not in config_class.unused}
-    own = [name for name in config_class.__dict__.get("__annotations__", {}) if name in fields]
-    return {name: fields[name] for name in dict.fromkeys([*own, *fields])}
+    """{name: field} of what a script's command line has."""
+    fields = dataclasses.fields(config_class)
+    return {f.name: f for f in fields if f.name not in config_class.unused}
 
 
 def parse_args(config_class, argv=None):
@@ -151,11 +154,8 @@ def parse_args(config_class, argv=None):
         else:
             options |= {"type": f.type, "metavar": f.type.__name__}
         parser.add_argument("--" + name.replace("_", "-"), **options)
-    words = []
-    for word in sys.argv[1:] if argv is None else argv:
-        name, equals, value = word.partition("=")
-        dashed = name.replace("_", "-") if name.startswith("--") else name
-        words.append(dashed + equals + value)
+    argv = sys.argv[1:] if argv is None else argv
+    words = [re.sub("^--[^=]*", lambda m: m[0].replace("_", "-"), word) for word in argv]
     resumed = parser.parse_args(words).resume
     if resumed:  # its settings are the defaults; `Run` refuses changes that alter the result
         saved, names = saved_settings(resumed), settings_of(config_class)
@@ -189,19 +189,19 @@ def main(train, config_class):
 
 def check_settings(cfg, **limits):
     """BadInput where a number lies outside (lowest, highest) and would train nonsense silently."""
-    shared = {"steps": (0, math.inf), "lr": (0, 1e3), "warmup": (0, math.inf), "holdout": (0, 0.4),
-              "weight_decay": (0, 1e3), "eval_temperature": (0.05, 100), "seed": (0, 10**9)}
-    for name in ("batch_size", "accum", "max_prompt", "max_response", "eval_every", "eval_rows",
-                 "log_every", "save_every"):
-        shared[name] = (1, math.inf)
-    for name, (low, high) in {**shared, "clip": (1e-9, math.inf), **limits}.items():
-        if not low <= getattr(cfg, name) <= high:  # nan fails too
-            flag = "--" + name.replace("_", "-")
-            raise BadInput(f"{flag} {getattr(cfg, name)}: it must lie between {low} and {high}")
-    for f in dataclasses.fields(cfg):  # a command line has checked its choices, a notebook has not
-        choices = typing.get_args(f.type)
-        if choices and getattr(cfg, f.name) not in choices:
-            raise BadInput(f"{f.name} {getattr(cfg, f.name)!r}: choose one of {choices}")
+    one_or_more = ("batch_size", "accum", "max_prompt", "max_response", "eval_every", "eval_rows",
+                   "log_every", "save_every")
+    limits |= {"steps": (0, math.inf), "lr": (0, 1e3), "warmup": (0, math.inf), "clip": (1e-9, 1e9),
+               "weight_decay": (0, 1e3), "holdout": (0, 0.4), "eval_temperature": (0.05, 100),
+               "seed": (0, 10**9), **dict.fromkeys(one_or_more, (1, math.inf))}
+    for f in dataclasses.fields(cfg):
+        value, (low, high) = getattr(cfg, f.name), limits.get(f.name, (0, 0))
+        choices = typing.get_args(f.type)  # a notebook has not checked them yet
+        if choices and value not in choices:
+            raise BadInput(f"{f.name} {value!r}: choose one of {choices}")
+        if f.name in limits and not low <= value <= high:  # nan fails too
+            flag = "--" + f.name.replace("_", "-")
+            raise BadInput(f"{flag} {value}: it must lie between {low} and {high}")
     n = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size % (cfg.accum * n):
         raise BadInput(f"--batch-size {cfg.batch_size} counts the sequences of a whole optimizer "
@@ -381,26 +381,20 @@ class Run:
         """A line to log.jsonl and one to the screen. RunFailed if the loss is not finite."""
         if not math.isfinite(values.get("loss", 0.0)):
             self.fail(step, f"the loss is {values['loss']}")
-        self._record(step, values)
         shown = [f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
-        print(f"step {step:5d}/{self.cfg.steps}  {'  '.join(shown)}", flush=True)
-
-    def evaluated(self, step, metrics, generations=()):
-        """Metrics of the validation rows to log.jsonl; some of them, and two responses, to the
-        screen."""
-        self._record(step, {f"valid/{k}": v for k, v in metrics.items()})
-        shown = "  ".join(f"{k} {v:.3f}" for k, v in list(metrics.items())[:8])
-        print(f"step {step:5d}/{self.cfg.steps}  validation: {shown}", flush=True)
-        for g in generations[:2]:
-            print(f"      {str(g['prompt'])[:90]!r} -> {g['sample'][:160]!r}", flush=True)
-
-    def _record(self, step, values):
+        print(f"step {step:5d}/{self.cfg.steps}  {'  '.join(shown[:9])}", flush=True)
         if processes()[0] == 0:
             with open(self.dir / "log.jsonl", "a") as f:
                 line = {"step": step, "seconds": round(self.elapsed(), 2), **values}
                 f.write(json.dumps(line) + "\n")
             for k, v in values.items() if self.board else ():
                 self.board.add_scalar(k, v, values.get("round", step))
+
+    def evaluated(self, step, metrics, generations=()):
+        """Log the metrics of the validation rows, and show two responses."""
+        self.log(step, **{f"valid/{k}": v for k, v in metrics.items()})
+        for g in generations[:2]:
+            print(f"      {str(g['prompt'])[:90]!r} -> {g['sample'][:160]!r}", flush=True)
 
     def end_step(self, step, **parts):
         """After every optimizer step; `step` of them are done. Save when it is time, after the last
@@ -435,8 +429,12 @@ class Run:
     def finish(self, student, rows, meanings, generations=()):
         """Print the table of `rows` {column: metrics}; save the student, generations.jsonl and
         result.json."""
-        cuda = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else peak_memory()
+        peak = 0.0  # on Windows, which does not tell
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        elif resource:
+            unit = 2**30 if sys.platform == "darwin" else 2**20
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         result = {f"{column}.{k}": round(v, 6) for column, m in rows.items() for k, v in m.items()}
         result |= {"script": self.script.stem, "steps": self.cfg.steps,
                    "seconds": round(self.elapsed(), 1), "peak_gib": round(peak, 3),
@@ -478,16 +476,6 @@ def write(path, content):
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         part.unlink(missing_ok=True)
         raise BadInput(f"{path} cannot be written ({e}): make room, then --resume") from e
-
-
-def peak_memory():
-    """Peak resident memory of this process in GiB; 0 on Windows, which does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return 0.0
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # --- Models. A loaded one also carries `tokenizer`, and `vocab`: how many logits are used ---------
@@ -840,8 +828,8 @@ def prompt_parts(row, template, model):
 
 
 def encode_prompts(rows, template, model, max_prompt):
-    """The token ids of each prompt. Special tokens are recognised in the words of the template only.
-    Too long a prompt loses the beginning of what the user wrote; its row then says "cut"."""
+    """The token ids of each prompt. Special tokens are recognised in the template's words only. Too
+    long a prompt loses the beginning of what the user wrote; its row then says "cut"."""
     tokenizer = model.tokenizer
     with blaming(f"template {template!r} for {tokenizer.name_or_path}"):
         parts = [prompt_parts(row, template, model) for row in rows]
@@ -1020,16 +1008,11 @@ class Batch:
     mask: torch.Tensor = None
     decoder_tokens: torch.Tensor = None
     examples: list = None
-    teacher_view: "Batch" = None  # the same responses after the teacher's prompts, if they differ
-
-    @property
-    def for_teacher(self):
-        return self.teacher_view or self
+    for_teacher: "Batch" = None  # the same responses, after the prompts that the teacher reads
 
     def to(self, device):
         tensors = {k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)}
-        view = self.teacher_view and self.teacher_view.to(device)
-        return dataclasses.replace(self, **tensors, teacher_view=view)
+        return dataclasses.replace(self, **tensors)
 
 
 def pad(lists, left=False):
@@ -1065,12 +1048,11 @@ def collate(examples, model, role="student"):
 
 
 def make_batch(examples, student, teacher=None):
-    """Examples -> Batch on the device, with the teacher's view of it if its prompts differ."""
-    batch = collate(examples, student)
-    if teacher and (is_encdec(teacher) != is_encdec(student)
-                    or any(e.prompt is not e.teacher_prompt for e in examples)):
-        batch.teacher_view = collate(examples, teacher, "teacher")
-    return batch.to(student.device)
+    """Examples -> Batch on the device of the student, with the teacher's view of them."""
+    batch = collate(examples, student).to(student.device)
+    if teacher:
+        batch.for_teacher = collate(examples, teacher, "teacher").to(teacher.device)
+    return batch
 
 
 def micro_batches(examples, student, teacher, cfg):
