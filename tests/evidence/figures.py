@@ -107,26 +107,27 @@ def curves(records, names, title):
     return figure
 
 
-def overview(records, starts, title):
-    """A panel for each start, {its title: {row: label}}: probability of right answers over seconds, those of the quickest
-    seed; a dot where a run ends, an open one at the share of right greedy answers."""
-    figure, axes = panels(len(starts), title, 4.2, between=1.5, right=1.4, sharey=True)
+def tradeoff(records, starts, title):
+    """A panel for each start, {its title: {row: label}}: probability of a right response over the
+    distance from the teacher's wordings; a dot is the mean over seeds, a cross the start."""
+    figure, axes = panels(len(starts), title, 4.2, between=0.5, right=0.4, sharey=True, sharex=True)
     for axis, (start, rows) in zip(axes, starts.items()):
-        ends = []
-        for row, label in rows.items():
-            color = color_of(row)
-            runs = [r["curve"] for r in records if r["row"] == row]
-            rate = min(c[-1]["seconds"] / c[-1]["step"] for c in runs)
-            mean = np.mean([[(x["valid_mass"], x["valid_greedy"]) for x in c] for c in runs], 0)
-            seconds = [rate * x["step"] for x in runs[0]]
-            axis.plot(seconds, mean[:, 0], color=color, linewidth=2)
-            axis.plot(seconds[-1:], mean[-1:, 0], "o", color=color, markersize=5)
-            axis.plot(seconds[-1:], mean[-1:, 1], "o", color=color, markersize=6, fillstyle="none")
-            ends.append(((seconds[-1], mean[-1, 0]), label, color))
-        axis.set(title=start, xlabel="seconds of training on one CPU core", ylim=(0.48, 1.02), xlim=(-2, None))
-        end_labels(axis, ends)
-    axes[0].set_ylabel("probability of a right answer")
-    axes[0].text(0.02, 0.02, "open dots: right when greedy", transform=axes[0].transAxes, color="0.3")
+        def mean(when, row):
+            results = [r["result"] for r in records if r["row"] == row]
+            return [np.mean([x[f"{when}.{key}"] for x in results]) for key in ("mode_distance", "valid_mass")]
+        points = [(mean("before", next(iter(rows))), "start", "0.4", "x")]
+        points += [(mean("after", row), label, color_of(row), "o") for row, label in rows.items()]
+        points.sort(key=lambda point: -point[0][1])
+        near = [point for point in points if point[0][0] < 0.3]  # their labels must not cover each other
+        heights = spread([-514 * y for (_, y), *_ in near], 13)  # 514 points a unit, see ylim
+        for (x, y), label, color, marker in points:
+            axis.plot(x, y, marker, color=color, markersize=7)
+            up = -heights[[n[1] for n in near].index(label)] - 514 * y if x < 0.3 else 0
+            axis.annotate(label, (x, y), (10, up), textcoords="offset points", color=color, va="center", fontsize=9)
+        axis.set(title=start, xlabel="distance from the teacher's choice of wordings", xlim=(-0.02, 0.72),
+                 ylim=(0.6, 1.02))
+        axis.grid(color="0.92")
+    axes[0].set_ylabel("probability of a right response")
     return figure
 
 
@@ -213,9 +214,9 @@ def main(source=ROOT / "assets/results.jsonl", folder=ROOT / "assets"):
     records = [json.loads(line) for line in Path(source).read_text().splitlines()]
     kd = {"sft": "SFT", "kd": "KD", "seqkd": "SeqKD", "kd-teacher": "KD, teacher text"}
     starts = {
-        "from the student trained on labels, 500 steps": {
+        "from the supervised student, 500 steps": {
             **kd, "seqkd-greedy": "SeqKD, greedy", "reverse-kl": "reverse KL", "dpkd": "DPKD", "llmr-sft": "LLMR (600)"},
-        "from its KL-distilled successor, 600 steps": {
+        "from the distilled student, 600 steps": {
             "kl-more": "KD, teacher text", "seqkd-more": "SeqKD", "greedy-more": "SeqKD, greedy",
             "reverse-kl-late": "reverse KL", "dpkd-late": "DPKD", "llmr": "LLMR"}}
     worlds = {
@@ -230,9 +231,9 @@ def main(source=ROOT / "assets/results.jsonl", folder=ROOT / "assets"):
     arms = {"gold-plain": "plain prompt", "gold-ood": "OOD prompt", "gold": "GOLD (band)", "gold-random": "random",
             "gold-top": "top", "t1-plain": "plain at T = 1", "t1": "GOLD at T = 1"}
     figures = {
-        "overview.png": ([row for rows in starts.values() for row in rows],
-                         lambda title: overview(records, starts, title),
-                         "Too small for its teacher, a student does best with the answers that it can give ({})"),
+        "tradeoff.png": ([row for rows in starts.values() for row in rows],
+                         lambda title: tradeoff(records, starts, title),
+                         "LLMR is right most often, and gives up wordings for it; KD keeps them ({})"),
         "kd_forward.png": (kd, lambda title: curves(records, kd, title),
                            "Same student, same 500 steps, {} (thin): what the teacher gives decides"),
         "llmr_worlds.png": ([row for rows in worlds.values() for row in rows],
