@@ -33,6 +33,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
+from unittest import mock
 
 try:
     import resource
@@ -47,6 +48,7 @@ import transformers
 from tqdm import tqdm  # comes with transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.utils import chat_template_utils
 
 # transformers 5.24 renamed past_key_values to cache; until 5.40 the old name serves all versions
 warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")
@@ -119,6 +121,11 @@ class Settings:
     resume: str = ""                 # directory of an unfinished run, whose settings are used
 
     unused = ()  # settings without effect in a script: its command line does not have them
+
+    def __post_init__(self):  # a shell expands ~ in --out ~/run, but not in --out=~/run
+        for name, value in vars(self).items():
+            if isinstance(value, str) and value.startswith("~"):
+                setattr(self, name, os.path.expanduser(value))
 
 
 # what may change when a run is resumed, because it does not change what is learned
@@ -311,6 +318,8 @@ class Run:
         self.settings["dtype"] = str(dtype).removeprefix("torch.")  # auto must not change later
         if cfg.resume:
             saved = saved_settings(cfg.resume)
+            if saved.get("script") != self.script.stem:
+                raise BadInput(f"--resume {cfg.resume}: this is a run of {saved.get('script')}.py")
             for k, new in self.settings.items():
                 if k not in FREE and saved.get(k) != new:
                     raise BadInput(f"--resume {cfg.resume}: {k} was {saved.get(k)} and is {new} "
@@ -483,7 +492,7 @@ def model_path(cfg, role):
     """The names teacher, student and student-kl mean the models in the folder of --data."""
     name = getattr(cfg, role)
     if name not in ("teacher", "student", "student-kl"):
-        return str(Path(name).expanduser()) if name.startswith("~") else name
+        return name
     if not Path(cfg.data, name, "config.json").is_file():
         raise BadInput(f"--{role} {name}: --data {cfg.data} brings no such model: name a model "
                        f"directory or a hub name with --{role}")
@@ -496,6 +505,8 @@ def load_model(path, role, device, dtype=torch.float32, seed=0):
     with blaming(f"--{role} {path}"):
         local = Path(path).is_dir()
         files = [f.name for f in Path(path).iterdir()] if local else ["tokenizer.json"]
+        if not local and (os.path.exists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)):
+            raise ValueError("there is no such directory")
         if "adapter_config.json" in files:
             raise ValueError("this is an adapter: merge it into its base model first")
         if not any(re.match("tokenizer|vocab|spiece|sentencepiece", f) for f in files):
@@ -503,13 +514,18 @@ def load_model(path, role, device, dtype=torch.float32, seed=0):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        if role == "student" and local and not any(f.endswith(("tensors", ".bin")) for f in files):
+        weights = r"\.(safetensors|bin|h5|msgpack|gguf|ckpt|pth?)(\.index\.json)?$"
+        if role == "student" and local and not any(re.search(weights, f) for f in files):
             print(f"{path} holds no weights: the student starts from random ones")
             torch.manual_seed(seed)
             model = auto.from_config(config).to(dtype)
         else:
-            model, report = auto.from_pretrained(path, dtype=dtype, weights_only=True,
-                                                 trust_remote_code=False, output_loading_info=True)
+            model, report = auto.from_pretrained(
+                path, dtype=dtype, weights_only=True, trust_remote_code=False,
+                output_loading_info=True, ignore_mismatched_sizes=True)
+            for name, in_file, in_model in sorted(report["mismatched_keys"]):
+                raise ValueError(f"{name} is {tuple(in_file)} in the weights and {tuple(in_model)} "
+                                 "in config.json: these files do not belong together")
             missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
             also = f" {len(extra)} others are not used, such as {extra[0]}." if extra else ""
             if missing:
@@ -528,8 +544,9 @@ def set_eos(model, path, role):
     """Let EOS be what ends a response. Gemma's and Phi-3's tokenizers name the token that ends a
     whole text; only the generation config lists the one that ends a turn of a chat."""
     tokenizer, ends = model.tokenizer, model.generation_config.eos_token_id
-    ids = [ends] if isinstance(ends, int) and not tokenizer.chat_template else []
-    if tokenizer.chat_template and isinstance(ends, list):
+    ends = [ends] if isinstance(ends, int) else ends or []
+    ids = ends if len(ends) == 1 and ends[0] < len(tokenizer) else []
+    if tokenizer.chat_template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ue000"}]
         with contextlib.suppress(Exception):  # a template with an error is reported with the data
             text = tokenizer.apply_chat_template(turns, tokenize=False).partition("\ue000")[2]
@@ -633,10 +650,13 @@ def read_file(path):
     form, at, rows = next((s for s in reversed(path.suffixes) if s != ".gz"), ""), 0, []
     if form not in FORMS:
         raise BadInput(f"{path}: the name of a file of rows must end in one of {', '.join(FORMS)}")
-    if form in (".json", ".parquet"):
+    if not path.is_file():
+        raise BadInput(f"--data {path}: there is no such file")
+    if form == ".parquet":
         import datasets  # takes a second, so only where it is needed
+        datasets.disable_progress_bars()
         with blaming(path):
-            loaded = datasets.load_dataset(form[1:], data_files=str(path), split="train")
+            loaded = datasets.load_dataset("parquet", data_files=str(path), split="train")
             return [(f"{path}, row {i}", row) for i, row in enumerate(loaded, 1)]
 
     def lines():
@@ -646,12 +666,19 @@ def read_file(path):
                 yield line.decode("utf-8-sig")
 
     try:
+        if form == ".json":  # an array of objects
+            whole = json.loads("".join(lines()))
+            return [(f"{path}, row {at}", {**row}) for at, row in enumerate(whole, 1)]
         if form == ".jsonl":
             return [(f"{path}, line {at}", {**json.loads(x)}) for x in lines() if x.strip()]
         reader = csv.reader(lines(), delimiter="," if form == ".csv" else "\t", strict=True)
         header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise ValueError("two columns have one name")
         for cells in filter(None, reader):
-            rows.append((f"{path}, line {at}", dict(zip(header, cells, strict=True))))
+            if len(cells) != len(header):
+                raise ValueError(f"{len(cells)} cells under a header of {len(header)}")
+            rows.append((f"{path}, line {at}", dict(zip(header, cells))))
     except (ValueError, TypeError, RecursionError, csv.Error, OSError) as e:
         raise BadInput(f"{path}, line {at}: {e}: mend the row or remove it") from e
     return rows
@@ -660,8 +687,8 @@ def read_file(path):
 def find_rows(source, names=SPLITS):
     """{split: [(where, row)]} of a file, a folder of files train, valid and test, a saved data set,
     or one on the hub (owner/name or owner/name:configuration). `names`: {theirs: ours}."""
-    path, found = Path(source).expanduser(), {}
-    if path.is_file() or path.suffix in FORMS:
+    path, found = Path(source), {}
+    if path.is_file() or set(path.suffixes) & set(FORMS):
         return {"train": read_file(path)}
     for file in sorted(path.iterdir()) if path.is_dir() else ():
         split = names.get(file.name.split(".")[0])
@@ -691,7 +718,10 @@ def hold_out(splits, cfg):
     splits, and they are the same for every seed. With --steps 0 a single split is all test."""
     rows, cut, start = splits.get("train", []), 1000 * cfg.holdout, 0
     if cfg.steps == 0:
-        return {"train": [], "valid": [], "test": splits.get("test") or rows or splits["valid"]}
+        test = splits.get("test") or rows or splits.get("valid")
+        if not test:
+            raise BadInput(f"--data {cfg.data}: it holds no rows")
+        return {"train": [], "valid": [], "test": test}
     draw = [zlib.crc32(str(row["prompt"]).encode()) % 1000 for row in rows]
     for split in ("test", "valid"):
         if split not in splits:
@@ -710,7 +740,10 @@ def text_in(row, column, where):
     value = row.get(column)
     if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
         raise BadInput(f"{where}: column {column} holds a {type(value).__name__}, not a text")
-    return "" if value is None else str(value)
+    text = "" if value is None else str(value)
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise BadInput(f"{where}: column {column} holds half a character (a lone surrogate)")
+    return text
 
 
 def turns_in(row, where):
@@ -733,23 +766,25 @@ def turns_in(row, where):
 def read_row(row, where, cfg):
     """A raw row -> {prompt: a text or messages, response: a text or "", references: all right
     responses, if they are known, probs: how probable each is, columns: the raw row, where}."""
-    turns = turns_in(row, where)
-    wanted = [] if turns else SLOT.findall("{prompt}" if cfg.template == "auto" else cfg.template)
+    turns, template = turns_in(row, where), "{prompt}" if cfg.template == "auto" else cfg.template
+    if not SLOT.search(template):
+        raise BadInput(f"--template {template!r} names no column, so all prompts would be the same")
+    wanted = [] if turns and cfg.template == "auto" else SLOT.findall(template)
     for column in wanted + SLOT.findall(cfg.teacher_template):
         if column not in row:
             raise BadInput(f"{where}: there is no column {column} among {', '.join(row)}: name the "
                            'columns of a prompt, as in --template "{instruction}\\n{input}\\n"')
-    if turns:
-        response = turns.pop()["content"] if turns[-1]["role"] == "assistant" else ""
-        prompt = turns
+    if turns and turns[-1]["role"] == "assistant":
+        prompt, response = turns[:-1], turns[-1]["content"]
     else:
-        response = text_in(row, cfg.response, where)
-        template = "{prompt}" if cfg.template == "auto" else cfg.template
+        prompt, response = turns, text_in(row, cfg.response, where)
+    if not turns:
         prompt = SLOT.sub(lambda m: text_in(row, m[1], where), template.replace("\\n", "\n"))
-    references = row.get("references") or []
-    references = [references] if isinstance(references, str) else list(references)
-    probs = row.get("probs") or []
-    if not all(isinstance(r, str) for r in references) or len(probs) not in (0, len(references)):
+    references, probs = row.get("references") or [], row.get("probs") or []
+    references = [references] if isinstance(references, str) else references
+    lists = isinstance(references, list) and isinstance(probs, list)
+    texts = lists and all(isinstance(r, str) for r in references)
+    if not texts or len(probs) not in (0, len(references)):
         raise BadInput(f"{where}: references must be texts, and probs a number for each of them")
     return {"prompt": prompt, "response": response, "references": references, "probs": probs,
             "columns": row, "where": where}
@@ -816,10 +851,11 @@ def prompt_parts(row, template, model):
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     # marks stand for the contents, so that the user's words can be told from the template's
     marked = [{**m, "content": chr(0xE000 + i)} for i, m in enumerate(turns)]
-    day = datetime(2024, 7, 26)  # Llama's template writes the date: let it be the same tomorrow
-    text = tokenizer.apply_chat_template(
-        marked, tokenize=False, add_generation_prompt=True, strftime_now=day.strftime,
-        date_string=day.strftime("%d %b %Y"))
+    # some templates write the date: let it be the same tomorrow
+    clock = SimpleNamespace(now=lambda: datetime(2024, 7, 26))
+    with mock.patch.object(chat_template_utils, "datetime", clock):
+        text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True,
+                                             date_string="26 Jul 2024")
     parts = re.split("([\ue000-\uf8ff])", text)
     if parts[1::2] != [m["content"] for m in marked]:
         raise ValueError("it drops, repeats or reorders messages")
@@ -829,13 +865,14 @@ def prompt_parts(row, template, model):
 
 def encode_prompts(rows, template, model, max_prompt):
     """The token ids of each prompt. Special tokens are recognised in the template's words only. Too
-    long a prompt loses the beginning of what the user wrote; its row then says "cut"."""
+    long a prompt loses the beginning of what the user wrote. Rows say which were cut."""
     tokenizer = model.tokenizer
     with blaming(f"template {template!r} for {tokenizer.name_or_path}"):
         parts = [prompt_parts(row, template, model) for row in rows]
         users = iter(tokenize(tokenizer, [text for p in parts for text in p[1::2]]))
     words = {text: tokenizer(text, add_special_tokens=False).input_ids if text else []
              for text in {text for p in parts for text in p[::2]}}
+    special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
     before, behind = around(tokenizer)
     if template == "auto" and tokenizer.chat_template:  # it writes these tokens itself
         before, behind = [], []
@@ -844,7 +881,7 @@ def encode_prompts(rows, template, model, max_prompt):
     for row, p in zip(rows, parts):
         ids = [next(users) if i % 2 else words[text] for i, text in enumerate(p)]
         excess = sum(map(len, ids)) + len(before) + len(behind) - max_prompt
-        row["cut"] = excess > 0
+        row["cut"], row["special"] = excess > 0, bool(special.search(" ".join(p[1::2])))
         for i in range(1, len(ids), 2):
             cut = max(0, min(excess, len(ids[i])))
             ids[i], excess = ids[i][cut:], excess - cut
@@ -882,8 +919,7 @@ def load_data(cfg, rows, student, teacher):
         **{split: encode(part, student, teacher, cfg) for split, part in rows.items()})
     examples = data.train + data.valid + data.test
     check_tokens(examples, student, teacher)
-    special = re.compile("|".join(map(re.escape, student.tokenizer.all_special_tokens)))
-    if n := sum(bool(special.search(str(e.row["prompt"]))) for e in examples):
+    if n := sum(e.row["special"] for e in examples):
         print(f"{n} prompts contain the text of a special token, which is read as plain text")
     n_cut = sum(e.response[-1] != student.tokenizer.eos_token_id for e in examples if e.response)
     print(f"data: {len(data.train)} training prompts, "
