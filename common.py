@@ -52,6 +52,7 @@ from transformers.utils import chat_template_utils
 
 # transformers 5.24 renamed past_key_values to cache; until 5.40 the old name serves all versions
 warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")
+warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
@@ -188,7 +189,7 @@ def main(train, config_class):
     except (BadInput, RunFailed, OSError) as e:
         status, reason = 2 if isinstance(e, BadInput) else 1, e
     except KeyboardInterrupt:
-        status, reason = 130, "stopped before the first step"
+        status, reason = 130, "stopped outside of training: --resume goes on from a checkpoint"
     if os.environ.get("RANK", "0") == "0":  # one of several processes is enough
         print(f"error: {reason}", file=sys.stderr)
     return status
@@ -326,8 +327,9 @@ class Run:
                                    "now, which changes the result: start a new run")
             if (self.dir / "result.json").exists():
                 raise BadInput(f"--resume {cfg.resume}: this run is finished, see its result.json")
-        elif (self.dir / "settings.json").exists():
-            raise BadInput(f"--out {cfg.out} holds a run: choose another directory or --resume it")
+        elif any((self.dir / name).exists() for name in ("settings.json", "student")):
+            raise BadInput(f"--out {cfg.out} holds a run or a model: choose another directory, or "
+                           "go on with --resume")
         for k, value in self.settings.items():
             mark = " " if getattr(cfg, k) == names[k].default else "*"
             print(f"{mark} {k:<20}{str(value).replace(f'{HERE}{os.sep}', '')}")
@@ -362,7 +364,7 @@ class Run:
             dist.barrier()
         self.t0 = time.time()
         with contextlib.suppress(ValueError):  # a thread of a notebook cannot catch signals
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM) if first < self.cfg.steps else ():
                 signal.signal(number, lambda number, frame: setattr(self, "stop", number))
         return first
 
@@ -409,15 +411,20 @@ class Run:
         """After every optimizer step; `step` of them are done. Save when it is time, after the last
         step, and when a signal came."""
         self.stop = all_reduce_sum(self.stop)  # a signal to one process stops all of them
-        if self.stop or step % self.cfg.save_every == 0 or step == self.cfg.steps:
+        last = step == self.cfg.steps
+        if self.stop or last or step % self.cfg.save_every == 0:
             self.save(step, **parts)
+        if last:  # all is saved, so signals act as before
+            with contextlib.suppress(ValueError):
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.leave_if_asked(f"after step {step}, saved")
 
     def leave_if_asked(self, where):
         """End the run if a signal came."""
         if self.stop:
             print(f"stopped {where}: --resume {self.dir} goes on", flush=True)
-            sys.exit(128 + min(self.stop, signal.SIGTERM))
+            sys.exit(130 if self.stop % signal.SIGTERM else 143)  # `stop` is a sum over processes
 
     def fail(self, step, what):
         file = self.dir / "checkpoint.pt"
@@ -740,10 +747,8 @@ def text_in(row, column, where):
     value = row.get(column)
     if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
         raise BadInput(f"{where}: column {column} holds a {type(value).__name__}, not a text")
-    text = "" if value is None else str(value)
-    if not text.isascii() and re.search("[\ud800-\udfff]", text):
-        raise BadInput(f"{where}: column {column} holds half a character (a lone surrogate)")
-    return text
+    with blaming(f"{where}: column {column}"):
+        return "" if value is None else str(value).encode().decode()  # refuses half characters
 
 
 def turns_in(row, where):
@@ -889,6 +894,10 @@ def encode_prompts(rows, template, model, max_prompt):
             raise BadInput(f"--max-prompt {max_prompt}: the template alone has "
                            f"{max_prompt + excess} tokens")
         prompt = before + [t for part in ids for t in part] + behind
+        if max(prompt, default=0) >= len(model.get_input_embeddings().weight):
+            token = tokenizer.convert_ids_to_tokens(max(prompt))
+            raise BadInput(f"{row['where']}: token {token!r} is beyond the embedding of "
+                           f"{tokenizer.name_or_path}: call resize_token_embeddings on that model")
         prompts.append(prompt or [tokenizer.eos_token_id])  # something must come first
     return prompts
 

@@ -529,6 +529,9 @@ def train(cfg) -> dict:
         scorer_lr=(0, 1e3), ce_weight=(0, 1e6), reverse_ce_weight=(0, 1e6))
     if cfg.teacher == "none":
         raise common.BadInput("--teacher none: somebody has to write the samples: name a --teacher")
+    if cfg.template != "auto" and set(common.SLOT.findall(cfg.template)) != {"prompt"}:
+        raise common.BadInput(f"--template {cfg.template}: it stands around {{prompt}}, which the "
+                              "task's `student` makes of the columns")
     task = load_task(cfg.task)
     cfg = replace(cfg, data=cfg.data or task["data"])
     if not cfg.data:
@@ -567,7 +570,8 @@ def train(cfg) -> dict:
     before = evaluate(test)  # ahead of run.start, which may load a later student
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
-    start = run.start(common.hash_of(sorted(held_out)), student=student, optimizer=optimizer)
+    data = [[row["prompt"], row["references"]] for part in splits.values() for row in part]
+    start = run.start(common.hash_of(data), student=student, optimizer=optimizer)
     real = pick_shots(task, splits["train"], random.Random(cfg.seed))
     llm = LLM(teacher, task, real, held_out, run.dir / "written.jsonl", cfg)
     if start == 0:
