@@ -33,7 +33,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
-from unittest import mock
 
 try:
     import resource
@@ -48,7 +47,6 @@ import transformers
 from tqdm import tqdm  # comes with transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
-from transformers.utils import chat_template_utils
 
 # transformers 5.24 renamed past_key_values to cache; until 5.40 the old name serves all versions
 warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")
@@ -735,6 +733,9 @@ def hold_out(splits, cfg):
             splits[split] = [r for r, x in zip(rows, draw) if start <= x < start + cut]
             start += cut
     splits["train"] = [r for r, x in zip(rows, draw) if x >= start]
+    for split in ("test", "valid"):  # of few rows at least one for each
+        if not splits[split] and cfg.holdout > 0 and len(splits["train"]) > 1:
+            splits[split] = [splits["train"].pop()]
     for split in ("train", "valid", "test"):
         if not splits[split]:
             raise BadInput(f"--data {cfg.data}: of {len(rows)} training rows none is left for "
@@ -856,11 +857,12 @@ def prompt_parts(row, template, model):
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     # marks stand for the contents, so that the user's words can be told from the template's
     marked = [{**m, "content": chr(0xE000 + i)} for i, m in enumerate(turns)]
-    # some templates write the date: let it be the same tomorrow
-    clock = SimpleNamespace(now=lambda: datetime(2024, 7, 26))
-    with mock.patch.object(chat_template_utils, "datetime", clock):
-        text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True,
-                                             date_string="26 Jul 2024")
+    template = tokenizer.chat_template
+    if isinstance(template, str):  # some write the date: let it be the same tomorrow
+        template = re.sub(r"strftime_now\([^)]*\)", "'26 Jul 2024'", template)
+    text = tokenizer.apply_chat_template(
+        marked, chat_template=template, tokenize=False, add_generation_prompt=True,
+        date_string="26 Jul 2024")
     parts = re.split("([\ue000-\uf8ff])", text)
     if parts[1::2] != [m["content"] for m in marked]:
         raise ValueError("it drops, repeats or reorders messages")
@@ -894,10 +896,6 @@ def encode_prompts(rows, template, model, max_prompt):
             raise BadInput(f"--max-prompt {max_prompt}: the template alone has "
                            f"{max_prompt + excess} tokens")
         prompt = before + [t for part in ids for t in part] + behind
-        if max(prompt, default=0) >= len(model.get_input_embeddings().weight):
-            token = tokenizer.convert_ids_to_tokens(max(prompt))
-            raise BadInput(f"{row['where']}: token {token!r} is beyond the embedding of "
-                           f"{tokenizer.name_or_path}: call resize_token_embeddings on that model")
         prompts.append(prompt or [tokenizer.eos_token_id])  # something must come first
     return prompts
 
@@ -946,21 +944,24 @@ def hash_of(things):
 
 def check_tokens(examples, student, teacher):
     """BadInput where a token id in use is beyond an embedding, or another token to the teacher."""
-    used = {student.tokenizer.eos_token_id: "the end of a response"}
+    ours, theirs = student.tokenizer, teacher.tokenizer if teacher else student.tokenizer
+    used = {ours.eos_token_id: "the end of a response"}
     for e in examples:
         used.update(dict.fromkeys({*e.prompt, *e.response} - set(used), e.row["where"]))
-    ours, theirs = student.tokenizer, teacher.tokenizer if teacher else student.tokenizer
+        for model, prompt in ((student, e.prompt), (teacher, e.teacher_prompt)):
+            most = max(prompt + e.response)
+            if model and most >= len(model.get_input_embeddings().weight):
+                raise BadInput(
+                    f"{e.row['where']}: token {model.tokenizer.convert_ids_to_tokens(most)!r} is "
+                    f"beyond the embedding of {model.config.name_or_path}: call "
+                    "resize_token_embeddings on that model")
     if ours.eos_token_id != theirs.eos_token_id:
         raise BadInput(
             f"the student ends a response with {ours.eos_token}, the teacher with "
             f"{theirs.eos_token}: for a chat teacher and a base student of one family save the "
             "teacher's tokenizer into a copy of the student's directory; else choose another pair")
-    sizes = [len(m.get_input_embeddings().weight) for m in (student, teacher) if m]
     for i, where in sorted(used.items()):
         a, b = ours.convert_ids_to_tokens(i), theirs.convert_ids_to_tokens(i)
-        if i >= min(sizes):
-            raise BadInput(f"{where}: token {a!r} ({i}) is beyond an embedding of {min(sizes)} "
-                           "tokens: call resize_token_embeddings on that model")
         if a != b:
             raise BadInput(f"teacher and student have different tokenizers: token {i} ({where}) is "
                            f"{a!r} for the student and {b!r} for the teacher: choose another pair")
