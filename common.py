@@ -1126,7 +1126,7 @@ def response_states(model, batch):
     """(R,H): the last hidden states at the positions that predict the response tokens.
 
     A decoder-only model runs right-padded and without a mask: it never looks to the right, and
-    without a mask the fast attention kernels serve. Under autocast the states have its dtype.
+    without a mask the fast attention kernels serve. Under autocast the states get autocast's dtype.
     """
     if is_encdec(model):
         memory = model.get_encoder()(input_ids=batch.tokens, attention_mask=batch.mask)[0]
@@ -1150,8 +1150,8 @@ def for_head(model, hidden):
 
 
 def logits_of(model, hidden):
-    """(r,H) -> (r,V) fp32 logits, cut to the V tokens that both models have. The product runs in
-    the dtype of `hidden`, the rest in fp32: softmaxes of bf16 logits would be 5 % off."""
+    """(r,H) -> (r,V) fp32 logits, cut to the first `model.vocab` tokens (see load_pair). The product
+    runs in the dtype of `hidden`, the rest in fp32: softmaxes of bf16 logits would be 5 % off."""
     head = model.get_output_embeddings()
     bias = None if getattr(head, "bias", None) is None else head.bias.to(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -1172,9 +1172,9 @@ def in_chunks(hidden, model):
     """Yield (rows, part): a slice of the R rows, and their states (r,H), of which the caller makes
     logits and a loss, and calls backward(). Logits of all R rows would take most of the memory.
 
-    `part` is cut off from the model's graph; after the last chunk the gradients of all parts are
-    sent into the model together. So never leave the loop early: these gradients would be lost. The
-    loss must be divided already, by a number that is known before: the tokens of the whole step.
+    The head gets its gradient at each backward(). `part` is cut off from the rest of the model,
+    which gets the gradients of all parts after the last chunk. So never leave the loop early: these
+    would be lost. Divide the loss before, by the tokens of the whole step.
     """
     gradients = []
     for rows in chunk_slices(hidden, model):

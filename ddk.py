@@ -7,28 +7,28 @@ The corpus is split into D domains. CE_q[i] and CE_p[i] are the cross entropies 
 frozen teacher p on fixed validation text of domain i. An interval is K steps. For all i at once:
 
     gap     = ppl_q / ppl_p = exp(CE_q - CE_p)                a ratio of perplexities (its rho)
-    r_0     = softmax(gap_0)                                  from the student as given        (1)
+    r_0     = softmax(gap_0)                                  from the initial student         (1)
     psi     = r_t exp(gap_{t+1})                              gaps at the start of interval t + 1
-    r_{t+1} = smoothing psi / sum(psi) + (1 - smoothing) / D  factor smooth updating           (2)
+    r_{t+1} = smoothing psi / sum(psi) + (1 - smoothing) / D  the smoothed update              (2)
     L       = CE + gamma KL(p_tau||q_tau)                     mean over the tokens of a step   (3)
 
     p_tau = softmax(teacher_logits / tau), q_tau likewise. In the code: r shares, log r log_shares,
-    K cfg.interval; smoothing (the paper's alpha), gamma and tau are cfg's.
+    K cfg.interval; smoothing (the paper's alpha), gamma and tau are in cfg.
 
-(2) multiplies the old shares by exp(gap); it is no moving average. A part 1 - smoothing of the data
-is always uniform, so no domain starves. Only differences between gaps count. What nobody can
-predict cancels in a gap, so a domain of noise gets hardly more than the floor.
+(2) multiplies the old shares by exp(gap); it is no moving average. Of the data, 1 - smoothing is
+always uniform, so no domain starves. Only differences between gaps count. Noise
+costs p and q the same, so its gap is near 1 and its share near (1 - smoothing) / D.
 
 What differs from the paper, and what it leaves open:
  1. KL(p||q), the "forward" KL. The paper prints KL(student, teacher); we read that as the arguments
     of F.kl_div, which takes the student first and computes KL(teacher||student).
- 2. (3) is over the training batches that r drew, as in Algorithm 1, and has no factor tau^2.
- 3. Interval 0, the paper's "random sample", has natural proportions: r_0 is only a prior.
+ 2. (3) is a mean over batches drawn by r, as in Algorithm 1, and has no factor tau^2.
+ 3. Interval 0, the paper's "random sample", draws by domain size; r_0 is only a prior.
  4. A domain goes through all its sequences before one repeats. Documents are packed, with EOS.
- 5. The teacher is measured once, because it never changes. Test text steers nothing.
+ 5. The teacher is measured once, because it never changes. Test text only scores.
 
 What to watch: `gap_<domain>` falls towards 1, and `share_<domain>` follows it. `worst_gap` is what
-the method works on; read `mean_ce` beside it, since a mixture only moves effort around.
+the method works on; read `mean_ce` too: more for one domain is less for others.
 
     python ddk.py                            DDK on six small domains
     python ddk.py --mix uniform              every domain equally often; natural: plain KD
@@ -63,11 +63,11 @@ class Config(common.Settings):
     tau: float = 1.0                 # temperature of both softmaxes in the KL
     gap_rows: int = 64               # validation sequences behind each gap; 500 in the paper
     data: str = str(PREPARE.parent)  # folder with a file or folder of text for each domain
-    domains: str = ""                # or name=source,...; a file, folder, pattern or hub name
+    domains: str = ""                # name=source,...; source: file, folder, pattern, hub
     max_tokens: int = 64             # tokens of a packed sequence; for pretrained models 2048
     steps: int = 600                 # optimizer steps; 0 only evaluates
     batch_size: int = 24             # sequences of one optimizer step
-    eval_every: int = 30             # steps between lines on the gaps; DDK adds its intervals
+    eval_every: int = 30             # steps between gap lines; DDK logs each interval, too
     eval_rows: int = 200             # most test sequences of a domain
 
     unused = ("response", "template", "teacher_template", "max_prompt", "max_response",
@@ -289,7 +289,7 @@ def train(cfg) -> dict:
     teacher_test = domain_ce(teacher, data.test, cfg) if teacher else None  # (D,)
     before = metrics(names, domain_ce(student, data.test, cfg), teacher_test)
 
-    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000: runs have a few hundred
+    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000, because runs are short
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     parts = {"student": student, "optimizer": optimizer, "sampler": sampler}  # of a checkpoint
@@ -326,9 +326,9 @@ def train(cfg) -> dict:
         for batch in micro:
             with common.precision(cfg, run.device):
                 student_hidden = common.response_states(student, batch)                 # (R,H)
-                if cfg.gamma > 0:  # no graph: the teacher is frozen
+                if cfg.gamma > 0:  # the frozen teacher builds no graph
                     teacher_hidden = common.response_states(teacher, batch)             # (R,H)
-            # logits of all R rows would take most of the memory
+            # in chunks, because the logits of all R rows need much memory
             for rows, part in common.in_chunks(student_hidden, student):
                 student_logits = common.logits_of(student, part)                        # (r,V)
                 teacher_logits = None
@@ -336,7 +336,7 @@ def train(cfg) -> dict:
                     teacher_logits = common.logits_of(teacher, teacher_hidden[rows])    # (r,V)
                 loss, ce, kl = loss_of(student_logits, teacher_logits, batch.targets[rows],
                                        cfg.gamma, cfg.tau)
-                (loss.sum() / n_tokens).backward()  # one denominator for the whole step
+                (loss.sum() / n_tokens).backward()  # n_tokens is of the whole step
                 totals += torch.stack([loss.detach().sum(), ce.detach().sum(), kl.detach().sum()])
         totals /= n_tokens
         common.reduce_gradients(student, totals)

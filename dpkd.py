@@ -5,11 +5,11 @@ Models", 2024, arxiv.org/abs/2406.19774; code: https://github.com/microsoft/LMOp
 
 p is the teacher, q the student, x a prompt. y^p is a response that the teacher sampled (the paper's
 y_t), y^q one that the student sampled (its y_s); EOS, the end-of-sequence token, is part of both.
-The q that maximises E_q[r(x,y)] - beta KL(q||p) for a reward r is p exp(r/beta) / Z(x), hence
+For a reward r, E_q[r(x,y)] - beta KL(q||p) is largest at q = p exp(r/beta) / Z(x), so
 
     r(x,y) = beta log q(y|x)/p(y|x) + beta log Z(x)                                Eqs. 2 to 5
 
-Put into the model of Bradley and Terry, Pr(y^p beats y^q) = sigmoid(r(y^p) - r(y^q)), Z(x) cancels:
+In the model of Bradley and Terry, Pr(y^p beats y^q) = sigmoid(r(y^p) - r(y^q)), Z(x) cancels:
 
     log_ratio(y) = log q(y|x) - log p(y|x)               a sum over the tokens of y
     margin       = beta log_ratio(y^p) - beta log_ratio(y^q)
@@ -17,15 +17,15 @@ Put into the model of Bradley and Terry, Pr(y^p beats y^q) = sigmoid(r(y^p) - r(
     --length-norm: log_ratio(y) is divided by the number of tokens of y            Eq. 9
     total        = cfg.preference L + cfg.anchor CE(y^p) + cfg.lm_coef CE(corpus)  lm_coef: lambda
 
-DPO has the frozen start of the student in the place of p, and labels that people made. Here all
-depends on when y^q is drawn, and the paper leaves that open. With fresh ones (--refresh 1),
-E[margin] = -beta [KL(p||q) + KL(q||p)], and for small beta the gradient is beta/2 times that of
-KL(p||q): SeqKD with more variance. Frozen ones (--refresh 0), drawn from the starting student q_0,
-lead to q proportional to p (p/q_0)^(1/beta): the student overshoots p and collapses.
+DPO uses the frozen initial student instead of p, and labels by people. Here all depends on when y^q
+is drawn, and the paper leaves that open. With fresh y^q (--refresh 1), E[margin] = -beta [KL(p||q)
++ KL(q||p)], and for small beta the gradient is beta/2 times that of KL(p||q): SeqKD with more
+variance. Frozen y^q (--refresh 0), drawn from the initial student q_0, drive q to
+p (p/q_0)^(1/beta), up to a factor: the student goes past p and collapses.
 
 What differs from the paper:
- 1. No length normalisation by default: with it Z(x) stays, and Eq. 9 does not follow from Eq. 2.
- 2. beta and lm_coef are ours. y^p is drawn once for each prompt. The anchor is from the code, off.
+ 1. No length normalisation by default: it leaves Z(x) in; Eq. 9 does not follow from Eq. 2.
+ 2. beta and lm_coef are ours. y^p is drawn once for each prompt. The code's anchor is off here.
  3. No dropout: log q must be that of the distribution from which y^q was sampled.
  4. The released code has another loss, on single tokens: tests/controls/dpkd_token.py.
 
@@ -49,7 +49,7 @@ import common
 
 @dataclass
 class Config(common.Settings):
-    refresh: int = 1                 # student responses are drawn for N steps at once; 0: for all
+    refresh: int = 1                 # draw student responses every N steps; 0: all at once
     beta: float = 0.5                # strength of the KL to p; --length-norm needs a larger one
     length_norm: bool = False        # divide each log-ratio by the length of its response, Eq. 9
     preference: float = 1.0          # weight of L; at 0 no student responses are drawn
@@ -63,8 +63,8 @@ def preference_loss(logq_teacher, logp_teacher, logq_student, logp_student, n_te
                     beta, length_norm):
     """L and the margin of each pair, Eq. 8, with length_norm Eq. 9. Six (B,) -> two (B,).
 
-    logq_teacher is log q(y^p|x), the student's log-probability of the teacher's response, and
-    logp_student is log p(y^q|x), the teacher's of the student's. n_teacher, n_student: lengths.
+    logq_teacher is log q(y^p|x), the student's log-probability of the teacher's response;
+    logp_student is log p(y^q|x), the teacher's for y^q. n_teacher and n_student are lengths.
     """
     ratio_teacher = logq_teacher - logp_teacher  # (B,) above 0: y^p is likelier under q than p
     ratio_student = logq_student - logp_student  # (B,) the same of y^q
@@ -75,8 +75,8 @@ def preference_loss(logq_teacher, logp_teacher, logq_student, logp_student, n_te
 
 
 def response_logprobs(model, batch):
-    """(B,) log q(y|x) of whole responses, EOS included; differentiable. L needs this sum before it
-    is formed, so the backward pass computes the logits of each chunk of tokens again."""
+    """(B,) log q(y|x) of whole responses, EOS included; differentiable. L needs the whole sum
+    first, so the backward pass computes the logits of each chunk again."""
     def logprobs_of(part, targets):
         return common.log_softmax_at(common.logits_of(model, part), targets)
 
@@ -92,7 +92,7 @@ def fixed_logprobs(model, examples, cfg, role):
     return common.per_response(common.log_likelihood, model, examples, cfg, role)[:, 0].float()
 
 
-# what the log shows of a step: means over its pairs, of ce over its tokens
+# logged of a step: means over pairs, but ce is a mean over tokens
 NAMES = ("loss", "preference", "margin", "nll_teacher", "nll_student", "ce", "same", "no_end")
 
 
@@ -104,13 +104,13 @@ class StudentResponses(dict):
 
 
 def draw_due(step, ids, drawn, examples, student, teacher, cfg):
-    """Fill `drawn` if student responses are due: for the examples `ids` of this step, for those of
-    the next N steps, or for all."""
+    """If due, draw student responses into `drawn`: for this step (`ids`), the next N steps, or
+    all."""
     if cfg.refresh == 0:
         due = range(len(examples)) if step == 0 else ()
     elif cfg.refresh == 1:
         due = ids
-    else:  # of all processes: process 0 draws, and its responses are those of a checkpoint
+    else:  # for all processes: process 0 draws them, and a checkpoint holds them
         steps = range(step, step + cfg.refresh) if step % cfg.refresh == 0 else ()
         due = {i for s in steps for i in common.step_indices(len(examples), s, cfg, of_all=True)}
     if not due:
@@ -118,7 +118,7 @@ def draw_due(step, ids, drawn, examples, student, teacher, cfg):
 
     def draw():
         asked = [examples[i] for i in due]
-        # not the seed of y^p: a student equal to its teacher would repeat it
+        # not the seed of y^p: a student equal to its teacher would copy y^p
         seed = common.sample_seed(cfg.seed + 1, step)
         answered = common.respond(student, asked, cfg, seed=seed)
         logps = fixed_logprobs(teacher, answered, cfg, "teacher").tolist()
@@ -152,7 +152,7 @@ def fresh_pairs(teacher, student, examples, cfg):
 
 
 def load_corpus(cfg, tokenizer):
-    """(blocks of --max-response tokens of the corpus, what stands before each of them)."""
+    """(blocks of --max-response tokens of the corpus, the tokens before each)."""
     if cfg.lm_coef == 0:
         return [], []
     blocks = common.pack(common.documents(cfg.corpus), tokenizer, cfg.max_response)
@@ -187,9 +187,9 @@ def train(cfg) -> dict:
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
-    before = evaluate_test(student)  # ahead of run.start, which may load a later student
+    before = evaluate_test(student)  # before run.start: --resume loads a later student there
 
-    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000: runs have a few hundred
+    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000, because runs are short
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     drawn = StudentResponses()

@@ -6,30 +6,30 @@ code: https://github.com/mgholamikn/GOLD. (A trainer of that name in TRL is anot
 
 The LLM p is a black box that gives text only. A task brings a description, K real samples and, for
 classification, labels. Round t asks for b training samples X_t, and then for b samples V_t that are
-to be different (the "OOD prompt"). Of V_t the strange ones, yet not the strangest, are the feedback
-F_t, which the next round shows to the LLM if its number is even.
+to be different (the "OOD prompt": out of distribution). The strange but not strangest of V_t are
+the feedback F_t; round t + 1 shows it to the LLM if t + 1 is even.
 
     X_t = p(task + real samples + F_{t-1})                                                      (1)
     V_t = p(task + real samples + F_{t-1} + X_t[:2] + "different from all above")               (2)
-    E(x,y) = - mean_j log sum_v exp f_v(x, y_<j)     energy; f_v: the scorer's logit of v       (3)
-    F_t = the samples of V_t with rank floor(.5 b) to floor(.8 b) - 1 by energy, from 0         (4)
+    E(x,y) = - mean_j log sum_v exp f_v(x, y_<j)     energy; f_v: the scorer's logit            (3)
+    F_t = the samples of V_t with index floor(.5 b) to floor(.8 b) - 1, energy rising           (4)
 
 All of X_t and V_t join the data set. For classification a label is drawn first, and the LLM writes
-a text for it. The scorer f is a copy of the student that is trained every few rounds on what there
-is: its energy is high where it has seen little. At the end a fresh student q learns y from x:
+a text for it. The scorer f is a copy of the student, trained every few rounds on all samples so
+far; on new text its energy is high. At the end a fresh student q learns y from x:
 
     L = mean over response tokens of
         ce_weight (-log q_y) + reverse_ce_weight (-log 1e-4) (1 - q_y)      symmetric CE        (5)
 
-    q_y is the probability of the observed token. The second term is bounded: a label that q finds
-    unlikely, as wrong ones are, gets hardly any gradient from it. In the code: X_t fresh, V_t
-    strange, F feedback, K the task's "shots", b cfg.round_size; the weights are alpha and beta.
+    q_y is the probability of the observed token. The second term is bounded: an unlikely label,
+    often a wrong one, gets hardly any gradient from it. In the code: X_t fresh, V_t
+    strange, F feedback, K the task's "shots", b cfg.round_size; paper's weights: alpha, beta.
 
 What differs from the paper (we know its abstract and the released code, which does not run as is):
  1. Energies and losses skip padding. The code averages over answers padded to 32 tokens.
- 2. The budget counts samples. The code counts files, which leaves half of the rounds unused.
+ 2. The budget counts samples. The code counts files and so uses half of the rounds.
  3. Samples that do not parse, and texts of validation or test rows, are asked for again.
- 4. V_t comes in every round, for all tasks. In a prompt a label stands before its text.
+ 4. V_t is asked for in every round and task. Prompts show the label before the text.
 
 What to watch: `accuracy` on real test rows. `energy` has no zero: compare it within a round only.
 `asked` is how many texts the LLM wrote for each sample kept. Where topics are known, `modes` and
@@ -68,13 +68,13 @@ class Config(common.Settings):
     budget: int = 3008               # samples to write and to train on
     round_size: int = 8              # b: samples of one call of the LLM
     ood: bool = True                 # Eq. 2 in every round; --no-ood: Eq. 1 alone, no feedback
-    select: Literal["band", "top", "random", "none"] = "band"  # of the feedback: Eq. 4 or a control
+    select: Literal["band", "top", "random", "none"] = "band"  # feedback by Eq. 4 or a control
     feedback: int = 2                # most samples fed back in a round
     temperature: float = 0.6         # of the LLM's samples; low: rare topics get lost
     top_k: int = 10                  # the LLM samples among its k likeliest tokens; 0: all
-    top_p: float = 0.9               # and among the fewest that hold this share; 1: all
+    top_p: float = 0.9               # the fewest tokens that hold this share; 1: all
     retrain: int = 12                # rounds between trainings of the scorer; paper's code: 25
-    passes: int = 3                  # epochs of such a training; paper's code: 1
+    passes: int = 3                  # epochs of scorer training; paper's code: 1
     scorer_lr: float = 2e-3          # constant rate of the scorer; for pretrained models 5e-5
     ce_weight: float = 0.1           # of the cross entropy in Eq. 5; paper's code: 1, .1 or .01
     reverse_ce_weight: float = 1.0   # of the reverse cross entropy
@@ -90,7 +90,7 @@ class Config(common.Settings):
 
 # --- The method -----------------------------------------------------------------------------------
 def energy(logits):
-    """Eq. 3 of each row. It is no probability: a softmax would cancel it. (r,V) -> (r,)."""
+    """Eq. 3 of each row. No probability: a softmax drops this value. (r,V) -> (r,)."""
     return -logits.logsumexp(-1)
 
 
@@ -103,7 +103,7 @@ def select_feedback(energies, select, most, rng):
     if select == "top":
         return order[max(0, n - most):]
     band = order[n * 5 // 10:n * 8 // 10] if select == "band" else []
-    spare = max(0, len(band) - most)  # of a band that is too wide the middle is fed back
+    spare = max(0, len(band) - most)  # if the band is too wide, feed back its middle
     return band[spare // 2:spare // 2 + most]
 
 
@@ -203,8 +203,8 @@ def student_row(task, sample):
 def build_prompt(task, wording, shots, given, opening="plain"):
     """What the LLM is asked, the beginning of its answer, and the template of the rest.
 
-    wording: WRITE or SOLVE. shots: the samples to show. given: what is known of the new sample, its
-    label when a sample is written, its fields when one is solved.
+    wording: WRITE or SOLVE. shots: the samples to show. given: what is known of the new sample: its
+    label (WRITE) or its fields (SOLVE).
     """
     form = wording | task["write" if wording is WRITE else "solve"]
     shown = "".join(form["shot"].format(n=n, sample=form["sample"].format(**shot))
@@ -220,7 +220,7 @@ def build_prompt(task, wording, shots, given, opening="plain"):
 
 
 def parse_sample(text, template, stop):
-    """An LLM's text -> {slot: text}, by the template's words between slots; {} if it misfits."""
+    """An LLM's text -> {slot: text}, by the words between slots; {} if they do not fit."""
     text = " " + text.strip()  # a text that starts with a stop word is empty
     for word in stop:
         text = text.split(word)[0]
@@ -252,7 +252,7 @@ def value_of(equation):
 
 
 def well_formed(task, sample):
-    """Is a sample kept? Lengths are in characters; `check` is the task's, of the answer."""
+    """Is a sample kept? Lengths are in characters; `check` tests the answer."""
     low, high = task["lengths"]
     if set(sample) != {*task["fields"], "label"}:
         return False
@@ -274,8 +274,8 @@ def score(task, text, row):
 
 
 def task_metrics(task, texts, rows):
-    """accuracy, or rouge_l: the mean score of the answers. Where rows know their topic, also with
-    all topics equally frequent (uniform), and on rare topics only (tail)."""
+    """accuracy, or rouge_l: the mean score of the answers. If rows have topics, also with all
+    topics weighted equally (uniform) and on rare ones only (tail)."""
     scores = np.array([score(task, text, row) for text, row in zip(texts, rows)])
     weights = np.array([row.get("weight", 1.0) for row in rows])
     name = "rouge_l" if task["metric"] == "rouge_l" else "accuracy"
@@ -287,7 +287,7 @@ def task_metrics(task, texts, rows):
 
 
 def coverage(samples, topics):
-    """What was written, where topics.json says which texts belong to which topic; else {}."""
+    """Topics of the samples, if topics.json tells which text has which; else {}."""
     if not topics:
         return {}
     for s in samples:
@@ -324,7 +324,7 @@ class LLM:
         self.cfg, self.file, self.asked, self.kept = cfg, file, 0, 0
         lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else [""]
         self.written = {r["key"]: r["texts"] for r in map(json.loads, lines[:-1])}
-        if lines[-1] and common.processes()[0] == 0:  # a kill has torn the last line
+        if lines[-1] and common.processes()[0] == 0:  # a kill cut the last line
             common.write(file, "".join(line + "\n" for line in lines[:-1]))
 
     def tokens(self, asked, begun):
@@ -403,8 +403,8 @@ class LLM:
 
 
 def pick_shots(task, rows, rng):
-    """The K real samples of the whole run, each label as often as any other, out of the first 10 K
-    training rows, so that typical ones can be put there."""
+    """The K real samples of the whole run, each label as often as any other, from the first K * 10
+    training rows: put typical ones there."""
     n, near = task["shots"], min(len(rows), 10 * task["shots"])
     order, chosen = rng.sample(range(near), near), []
     while order and len(chosen) < n:
@@ -421,7 +421,7 @@ def pick_shots(task, rows, rng):
 # --- Two phases: the LLM writes the data, then the student learns ---------------------------------
 def write_data(llm, scorer, encode, topics, cfg, run):
     """Phase 1, Eqs. 1 to 4: the samples, as dicts of sample, round, opening, fed (is it in F_t) and
-    energy. A resumed run does it again: what the LLM wrote comes from its file, which is quick."""
+    energy. Resumed in phase 1, it runs again, quickly: the texts are in a file."""
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=cfg.scorer_lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     words, b, samples = list(llm.task["labels"]), cfg.round_size, []
@@ -484,7 +484,7 @@ def train_scorer(scorer, optimizer, examples, rng, cfg, run):
 
 def train_student(student, optimizer, examples, evaluate, start, cfg, run):
     """Phase 2: the fresh student learns everything that was written, by Eq. 5."""
-    torch.manual_seed(cfg.seed + common.processes()[0])  # of dropout, whatever phase 1 has used
+    torch.manual_seed(cfg.seed + common.processes()[0])  # for dropout, whatever phase 1 used
     loss_of = torch.compile(sce_loss, dynamic=True) if cfg.compile else sce_loss
     student.train()
 
@@ -502,12 +502,12 @@ def train_student(student, optimizer, examples, evaluate, start, cfg, run):
         for batch in micro:
             with common.precision(cfg, run.device):
                 hidden = common.response_states(student, batch)                           # (R,H)
-            # logits of all R rows would take most of the memory
+            # in chunks, because the logits of all R rows need much memory
             for rows, part in common.in_chunks(hidden, student):
                 logits = common.logits_of(student, part)                                  # (r,V)
                 loss, ce = loss_of(logits, batch.targets[rows], cfg.ce_weight,
                                    cfg.reverse_ce_weight)
-                (loss.sum() / n_tokens).backward()  # one denominator for the whole step
+                (loss.sum() / n_tokens).backward()  # n_tokens is of the whole step
                 totals += torch.stack([loss.detach().sum(), ce.detach().sum()])
         totals /= n_tokens
         common.reduce_gradients(student, totals)
@@ -542,7 +542,7 @@ def train(cfg) -> dict:
     names = common.SPLITS | {task["train"]: "train", task["test"]: "test"}
     splits = {split: [read_sample(row, where, task) for where, row in rows]
               for split, rows in common.find_rows(cfg.data, names).items()}
-    splits = common.hold_out(splits, replace(cfg, steps=1))  # all three, also with --steps 0
+    splits = common.hold_out(splits, replace(cfg, steps=1))  # 3 splits, even at --steps 0
     student, teacher = common.load_pair(cfg, run.device, same_tokens=False)
     common.check_context(student, "student", cfg)
     scorer = copy.deepcopy(student)
@@ -567,7 +567,7 @@ def train(cfg) -> dict:
     def evaluate(examples=valid):
         return task_metrics(task, answers_of(examples), [e.row for e in examples])
 
-    before = evaluate(test)  # ahead of run.start, which may load a later student
+    before = evaluate(test)  # before run.start: --resume loads a later student there
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     data = [[row["prompt"], row["references"]] for part in splits.values() for row in part]

@@ -18,16 +18,16 @@ Three classic baselines are settings of this loss:
     KD      --alpha 1                        learn the teacher's distribution on given responses
     SFT     --alpha 0                        learn the given responses, without a teacher
     SeqKD   --alpha 0 --responses teacher    learn responses that the teacher wrote
-With --responses teacher --alpha 1 the loss of a response is an unbiased estimate of the KL between
-whole responses, KL(p(y|x) || q(y|x)).
+With --responses teacher --alpha 1, the KL summed over a response is on average the KL of whole
+responses, KL(p(y|x) || q(y|x)).
 
 What differs from the papers:
  1. SeqKD learns samples of the teacher at temperature 1. The paper takes the output of beam search.
  2. The mean runs over all response tokens of a step at once, so long responses weigh more.
  3. Prompts are not trained on. CE uses logits that are not divided by tau, as in Hinton et al.
 
-What to watch: `kl_pq` on validation prompts should fall; it is what KD minimises. The training loss
-shows less: under SFT it falls while kl_pq rises, because the student memorises its labels.
+What to watch: `kl_pq` on validation prompts should fall: KD lowers it. The training loss shows
+less: under SFT it falls while kl_pq rises, because the student memorises its labels.
 
     python kd_forward.py                                 KD on the labelled rows
     python kd_forward.py --alpha 0                       SFT
@@ -48,17 +48,17 @@ import common
 
 @dataclass
 class Config(common.Settings):
-    alpha: float = 1.0               # weight of the KL; CE has 1 - alpha; .5 suits human responses
-    tau: float = 1.0                 # temperature of both softmaxes; above 1 shows rare tokens
+    alpha: float = 1.0               # weight of the KL; CE's is 1 - alpha; try .5 on human text
+    tau: float = 1.0                 # temperature of both softmaxes; above 1 lifts rare tokens
     responses: Literal["data", "teacher"] = "data"  # the given ones, or the teacher's own
-    cache: bool = False              # keep the teacher's states in memory: it runs in epoch 1 only
+    cache: bool = False              # keep the teacher's states in memory, so it runs once a prompt
 
 
 # --- The method -----------------------------------------------------------------------------------
-# R: response tokens of a batch, r: of a chunk of it; V: vocabulary, H: hidden size. No row is a
-# prompt token or padding, so no loss needs a mask.
+# R: response tokens of a batch, r: of a chunk of it; V: vocabulary, H: hidden size. Each row is one
+# response token, so no loss needs a mask.
 def kd_loss(student_logits, teacher_logits, targets, alpha, tau):
-    """The loss of each row, its CE and its KL. (r,V), (r,V) or None, (r,) -> three (r,)."""
+    """Loss, CE and KL of each row. (r,V); (r,V) or None; (r,) -> three (r,)."""
     ce = F.cross_entropy(student_logits, targets, reduction="none")  # (r,)
     if teacher_logits is None:  # alpha = 0 needs no teacher; the KL is then logged as 0
         return ce, ce, torch.zeros_like(ce)
@@ -71,7 +71,7 @@ def kd_loss(student_logits, teacher_logits, targets, alpha, tau):
 
 def cached_states(teacher, batch, kept):
     """The teacher's hidden states (R,H) of a batch. `kept` {example: states} fills in epoch 1:
-    the responses never change, and the output head makes the exact distribution of these states."""
+    responses never change, and the output head turns these states into the same logits."""
     if not all(e in kept for e in batch.examples):
         hidden = common.response_states(teacher, batch.for_teacher)
         kept.update(zip(batch.examples, hidden.cpu().split(batch.lengths.tolist())))
@@ -100,9 +100,9 @@ def train(cfg) -> dict:
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
-    before = evaluate_test(student)  # ahead of run.start, which may load a later student
+    before = evaluate_test(student)  # before run.start: --resume loads a later student there
 
-    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000: runs have a few hundred
+    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000, because runs are short
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     start = run.start(data.hash, student=student, optimizer=optimizer)
@@ -126,9 +126,9 @@ def train(cfg) -> dict:
                 student_hidden = common.response_states(student, batch)                 # (R,H)
                 if cfg.alpha > 0 and cfg.cache:
                     teacher_hidden = cached_states(teacher, batch, kept)                # (R,H)
-                elif cfg.alpha > 0:  # no graph: the teacher is frozen
+                elif cfg.alpha > 0:  # the frozen teacher builds no graph
                     teacher_hidden = common.response_states(teacher, batch.for_teacher)
-            # logits of all R rows would take most of the memory
+            # in chunks, because the logits of all R rows need much memory
             for rows, part in common.in_chunks(student_hidden, student):
                 student_logits = common.logits_of(student, part)                        # (r,V)
                 teacher_logits = None
@@ -136,7 +136,7 @@ def train(cfg) -> dict:
                     teacher_logits = common.logits_of(teacher, teacher_hidden[rows])    # (r,V)
                 loss, ce, kl = loss_of(student_logits, teacher_logits, batch.targets[rows],
                                        cfg.alpha, cfg.tau)
-                (loss.sum() / n_tokens).backward()  # one denominator for the whole step
+                (loss.sum() / n_tokens).backward()  # n_tokens is of the whole step
                 totals += torch.stack([loss.detach().sum(), ce.detach().sum(), kl.detach().sum()])
         totals /= n_tokens
         common.reduce_gradients(student, totals)

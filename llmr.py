@@ -5,35 +5,35 @@ LREC-COLING 2024, arxiv.org/abs/2409.12500; code: https://github.com/MANGA-UOFA/
 
 For a prompt x the student q samples a response a_1 .. a_n, with its end-of-sequence token (EOS).
 Token a_t is an action in the state s_t = (x, a_1 .. a_{t-1}). The teacher's logits f(s,a) are read
-as action values, and Bellman's optimality equation then gives the reward. (The numbers are ours.)
+as action values, and Bellman's optimality equation then gives the reward. (Our equation numbers.)
 
     Q(s,a) = f(s,a) - mean_a' f(s,a')                               centred logits            (1)
     r_t    = Q(s_t,a_t) - V(s_{t+1}), V(s) = max_a Q(s,a), V = 0 at the end: induced reward   (2)
     G_t    = r_t + r_{t+1} + ... + r_n                              return-to-go              (3)
-    w_t    = q(a_t|s_t) / b(a_t|s_t)       b was sampled from; w_t = 1 where b is q           (4)
+    w_t    = q(a_t|s_t) / b(a_t|s_t)       b is the sampler; w_t = 1 where b is q             (4)
     W_t    = stop_gradient[ w_t (G_t - baseline_t) ]                weight                    (5)
     L      = - 1/B sum over B responses of sum_t W_t log q(a_t|s_t) REINFORCE                 (6)
 
     In the code: f teacher_logits, Q action_value, V state_value, r reward, G returns, b sampler, w
     ratio (the paper's rho), W weights. --value chooses V: max, the mean under p, or logsumexp.
 
-The total reward is a constant plus the sum of the advantages log p(a_t|s_t) - max_a log p(a|s_t),
-none of which is above 0. So the optimum is the teacher's greedy response, without any entropy. With
---value lse the return G_1 is V(s_1) + log p(y|x), which favours short responses; mean, long ones.
+With V = max the total reward is V(s_1) plus the advantages log p(a_t|s_t) - max_a log p(a|s_t).
+None is above 0, so the best response is the teacher's greedy one, and entropy goes to 0. With
+--value lse the return G_1 is V(s_1) + log p(y|x), favouring short ones; mean favours long ones.
 
-What differs from the paper (we know its abstract and the released code, with blank settings):
- 1. Cut responses count, with V = 0 after their last token. Logits are fixed only up to a constant
-    for each state. It cancels if all responses count and L is divided by a constant number.
+What differs from the paper (we read its abstract and its code, which lacks its settings):
+ 1. Cut responses count, with V = 0 after their last token. A constant added to all logits of a
+    state cancels on average if all responses count and L is divided by a fixed number.
  2. L is divided by responses; the release divides by tokens, and drops cut responses.
  3. The student samples at temperature 1, untruncated, and the sampler is always fresh (--sync 1).
  4. The release clips W, divides returns, adds an entropy term: tests/controls/llmr_release.py.
 
 What to watch: `advantage`, summed over a response, is the objective and rises to 0. `nll` of the
-samples falls as the student gives up wordings: see `wording_distance`. The loss has no fixed zero.
+samples falls as the student gives up wordings: see `wording_distance`. The loss has no set goal.
 
     python llmr.py                                   from the distilled student
     python llmr.py --value lse                       log p(y|x) as the return
-    python llmr.py --baseline value                  the advantage-to-go as the weight
+    python llmr.py --baseline value                  the advantages from t on as weight
     python llmr.py --sync 50                         a stale sampler and its importance ratio
     python llmr.py --teacher Qwen/Qwen2.5-1.5B --student my-kl-student --data my.jsonl --lr 1e-6
 """
@@ -52,14 +52,14 @@ import common
 class Config(common.Settings):
     student: str = "student-kl"      # where to start: a student after long KD
     value: Literal["max", "mean", "lse"] = "max"  # V of a state: max (Bellman), mean, logsumexp
-    baseline: Literal["none", "value", "mean"] = "none"  # V of the state, or mean of other returns
+    baseline: Literal["none", "value", "mean"] = "none"  # V of the state, or others' mean
     sync: int = 1                    # steps between refreshes of the sampler; 1: on policy, ratio 1
     steps: int = 600                 # optimizer steps; 0 only evaluates
     lr: float = 1e-3                 # peak; for pretrained models 1e-6 to 1e-5
 
 
 # --- The method -----------------------------------------------------------------------------------
-# B: responses of a micro-batch, N: tokens of the longest, R: all response tokens, r: of a chunk.
+# Here B: responses of a micro-batch, N: most tokens of one; R: all response tokens, r: of a chunk.
 def teacher_values(teacher_logits, targets, value):
     """Eq. 1: Q of the token, V of its state, advantage of the token. (r,V), (r,) -> three (r,)."""
     centred = teacher_logits - teacher_logits.mean(-1, keepdim=True)  # (r,V)
@@ -78,7 +78,7 @@ def induced_reward(action_value, state_value, lengths):
     """Eq. 2. Q and V (B,N), lengths (B,) -> (B,N), 0 after the last token of a response."""
     at = torch.arange(action_value.shape[1], device=action_value.device)  # (N,)
     next_value = F.pad(state_value[:, 1:], (0, 1))                        # V(s_2) .. V(s_N), 0
-    next_value = next_value.masked_fill(at >= lengths[:, None] - 1, 0.0)  # V = 0 at the end, see 1
+    next_value = next_value.masked_fill(at >= lengths[:, None] - 1, 0.0)  # V = 0 at the end: note 1
     return (action_value - next_value).masked_fill(at >= lengths[:, None], 0.0)
 
 
@@ -88,7 +88,7 @@ def returns_to_go(reward):
 
 
 def mean_of_others(returns, lengths, total, count):
-    """The mean return of the tokens of all *other* responses: with the own return in it, it would
+    """The mean return of the tokens of all *other* responses: to include its own return would
     add a bias. (B,N), (B,), and sum and number of all returns of the step -> (B,1)."""
     own = returns.sum(-1, keepdim=True)
     return (total - own) / (count - lengths[:, None]).clamp(min=1)
@@ -98,7 +98,7 @@ def policy_weights(gain, logprobs, sampler_logprobs):
     """Eqs. 4 and 5. gain is G - baseline; sampler_logprobs is None on policy, ratio 1. -> (r,)."""
     if sampler_logprobs is None:
         return gain.detach()
-    # this token's ratio only: the exact weight would be the product with all tokens before it
+    # only this token's ratio: exact would be the product of the ratios up to it
     ratio = (logprobs - sampler_logprobs).exp()
     return (ratio * gain).detach()  # without detach the gradient of the ratio would count, too
 
@@ -125,14 +125,14 @@ def train(cfg) -> dict:
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
-    before = evaluate_test(student)  # ahead of run.start, which may load a later student
+    before = evaluate_test(student)  # before run.start: --resume loads a later student there
 
-    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000: runs have a few hundred
+    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000, because runs are short
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     parts = {"student": student, "optimizer": optimizer, "sampler": sampler}  # of a checkpoint
     start = run.start(data.hash, **parts)
-    common.no_dropout(student)  # what is sampled and what is improved must be one distribution
+    common.no_dropout(student)  # sampling and training must use the same distribution
     student.train()
 
     for step in range(start, cfg.steps):
@@ -180,7 +180,7 @@ def train(cfg) -> dict:
                 student_hidden = common.response_states(student, batch)                  # (R,H)
                 if cfg.sync > 1:
                     stale = common.row_values(common.log_likelihood, sampler, batch)[:, 0]
-            # logits of all R rows would take most of the memory
+            # in chunks, because the logits of all R rows need much memory
             for rows, part in common.in_chunks(student_hidden, student):
                 logits = common.logits_of(student, part)                                 # (r,V)
                 logprobs = common.log_softmax_at(logits, batch.targets[rows])            # (r,)
