@@ -46,7 +46,12 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm  # comes with transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
 # transformers 5.24 renamed past_key_values to cache; until 5.40 the old name serves all versions
 warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")
@@ -567,25 +572,30 @@ def set_eos(model, path, role):
 @torch.no_grad()
 def check_model(model, name):
     """BadInput where logits are not head(states), or the cache is not one of keys and values."""
-    config = model.config.get_text_config(decoder=True)
+    config = decoder_config(model)
     for k in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, k, None) not in (None, 0, 1):
             raise BadInput(f"{name}: {type(model).__name__} changes its logits after the output "
                            f"head ({k}), and the losses here do not: choose another model")
-    batch = collate([Example([3, 4, 5, 6], [3, 4, 5, 6], [4, 3, 5])], model).to(model.device)
+    examples = [Example([3, 4, 5, 6], [], [4, 3, 5]), Example([4], [], [5, 3])]
+    batch, theirs = collate(examples, model).to(model.device), []
+    ids = lambda *parts: torch.tensor([sum(parts, [])], device=model.device)
     with blaming(f"{name}: {type(model).__name__} is not built like GPT-2, Llama, Qwen or T5"):
         ours = logits_of(model, response_states(model, batch))
-        if is_encdec(model):
-            theirs = model(input_ids=batch.tokens, attention_mask=batch.mask,
-                           decoder_input_ids=batch.decoder_tokens).logits[0]
-        else:
-            theirs = model(input_ids=batch.tokens).logits[0, batch.positions]
+        for e in examples:  # one by one, so without padding
+            start = [model.config.decoder_start_token_id] if is_encdec(model) else []
+            alone = (model(input_ids=ids(e.prompt), decoder_input_ids=ids(start, e.response))
+                     if start else model(input_ids=ids(e.prompt, e.response))).logits[0]
+            theirs.append(alone[-1 - len(e.response):-1].float())
+        if not is_encdec(model):
             cache = DynamicCache(config=config)
-            model.base_model(input_ids=batch.tokens, past_key_values=cache, use_cache=True)
-            keys_only = all(isinstance(layer, DynamicLayer) for layer in cache.layers)
-            if not keys_only or cache.get_seq_length() != batch.tokens.shape[1]:
+            model.base_model(input_ids=ids(batch.examples[0].prompt), past_key_values=cache,
+                             use_cache=True)
+            kinds = {type(layer) for layer in cache.layers}
+            if kinds - {DynamicLayer, DynamicSlidingWindowLayer} or cache.get_seq_length() != 4:
                 raise ValueError("it keeps no cache of keys and values, and the sampler needs one")
-    if (ours - theirs.float()).abs().max() > 0.02 * theirs.float().abs().max() + 1e-3:
+    theirs = torch.cat(theirs)
+    if (ours - theirs).abs().max() > 0.02 * theirs.abs().max() + 1e-3:
         raise BadInput(f"{name}: the logits of {type(model).__name__} are not its output head "
                        "times its hidden states, as the losses here need: choose another model")
 
@@ -629,6 +639,12 @@ def load_pair(cfg, device, same_tokens=True):
 def is_encdec(model):
     """Is it an encoder-decoder, such as a T5?"""
     return model.config.is_encoder_decoder
+
+
+def decoder_config(model):
+    """The part of a configuration that describes the decoder: an encoder may have other sizes."""
+    decoder = model.get_decoder() if is_encdec(model) else model
+    return decoder.config.get_text_config(decoder=True)
 
 
 def no_dropout(model):
@@ -735,7 +751,9 @@ def hold_out(splits, cfg):
     splits["train"] = [r for r, x in zip(rows, draw) if x >= start]
     for split in ("test", "valid"):  # of few rows at least one for each
         if not splits[split] and cfg.holdout > 0 and len(splits["train"]) > 1:
-            splits[split] = [splits["train"].pop()]
+            last, rest = splits["train"][-1]["prompt"], splits["train"]
+            splits[split] = [r for r in rest if r["prompt"] == last]
+            splits["train"] = [r for r in rest if r["prompt"] != last]
     for split in ("train", "valid", "test"):
         if not splits[split]:
             raise BadInput(f"--data {cfg.data}: of {len(rows)} training rows none is left for "
@@ -977,7 +995,7 @@ def check_context(model, role, cfg):
 
 def context_of(model):
     """How many positions a model has; None if it has no limit."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return getattr(decoder_config(model), "max_position_embeddings", None)
 
 
 # --- Running text: documents -> blocks of tokens (ddk.py's domains, dpkd.py's corpus) -------------
@@ -1150,8 +1168,8 @@ def for_head(model, hidden):
 
 
 def logits_of(model, hidden):
-    """(r,H) -> (r,V) fp32 logits, cut to the first `model.vocab` tokens (see load_pair). The product
-    runs in the dtype of `hidden`, the rest in fp32: softmaxes of bf16 logits would be 5 % off."""
+    """(r,H) -> (r,V) fp32 logits, cut to the first `model.vocab` tokens, see load_pair. The product
+    runs in the dtype of `hidden`, the rest in fp32: bf16 softmaxes would be 5 % off."""
     head = model.get_output_embeddings()
     bias = None if getattr(head, "bias", None) is None else head.bias.to(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -1216,7 +1234,7 @@ def sample(model, prompts, max_new, temperature=1.0, top_k=0, top_p=1.0, seed=0,
     model.eval()
     generator = torch.Generator(model.device).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    config, out = model.config.get_text_config(decoder=True), [None] * len(prompts)
+    config, out = decoder_config(model), [None] * len(prompts)
     # keys and values take 16 GiB at most; never what is free now, for a draw depends on its batch
     length = max(map(len, prompts), default=0) + max_new
     size = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize * length
@@ -1234,7 +1252,7 @@ def sample(model, prompts, max_new, temperature=1.0, top_k=0, top_p=1.0, seed=0,
 def sample_batch(model, prompts, max_new, temperature, top_k, top_p, generator):
     """One batch of `sample`. Rows that have ended leave it, so the others go faster."""
     device, encdec = model.device, model.config.is_encoder_decoder
-    eos, config = model.tokenizer.eos_token_id, model.config.get_text_config(decoder=True)
+    eos, config = model.tokenizer.eos_token_id, decoder_config(model)
     # a decoder-only model continues its prompts: they are padded on the left and told positions
     prompt = pad(prompts, left=not encdec).to(device)                                # (B,P)
     lengths = torch.tensor([len(p) for p in prompts], device=device)                 # (B,)

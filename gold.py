@@ -242,7 +242,7 @@ def value_of(equation):
             return OPERATIONS[type(node.op)](walk(node.left), walk(node.right))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return -walk(node.operand)
-        return float(node.value)
+        return float(node.value if type(node.value) in (int, float) else "no number")
 
     text = re.sub(r"^\s*[a-zA-Z]\s*=|=.*", "", equation[:200])  # of "x = 2 + 3" and "2 + 3 = 5"
     try:

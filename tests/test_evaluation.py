@@ -1,229 +1,208 @@
-"""The evaluation: scores agree with the packages that people quote (rouge-score 0.1.2), divergences with enumeration."""
+"""The evaluation: against loops over single responses, and against the list of all responses."""
 import dataclasses
-import math
+import functools
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import small_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import common
+from common import Example
 
-GOLDEN = [  # candidate, references, ROUGE-L F1 of rouge-score (best reference, no stemming)
-    ("the cat sat on the mat", ["a cat sat on a mat ."], 0.666667),
-    ("ada is a baker from oslo .", ["meet ada , the baker who lives in oslo .", "ada is a baker from rome ."], 0.833333),
-    ("It costs $3.50, or 1,000 units (approx.)!", ["It cost $3.50 or 1,000 units - approx.", "Costs: 3.50"], 0.888889),
-    ("", ["something"], 0.0),
-    ("Hello", ["hello world, it's me"], 0.333333),
-    ("the trip of ada : to oslo on monday", ["the trip of ada : to oslo on monday , soup to eat"], 0.842105),
-    ("don't stop-believing &quot;now&quot;", ["do not stop believing \"now\""], 0.5),
-    ("Naïve café noir", ["naive café_noir of Zoë"], 0.444444),
-]
+WORDS = ["<eos>", "a", "b", "c", "d"]
+EOS, V = 0, len(WORDS)
+CFG = SimpleNamespace(max_response=3, dtype="float32", eval_temperature=1.0, kl_on="samples",
+                      data="rows.jsonl", template="auto", teacher_template="", response="response")
+ROWS = [("x one", [1, 2], "a b", ["a b", "c"]), ("x two", [3], "c", ["c", "d d"]),
+        ("y one", [2, 2, 4], "", ["d", "b"])]
 
 
-@pytest.mark.parametrize("candidate, references, wanted", GOLDEN)
-def test_rouge_l_agrees_with_rouge_score(candidate, references, wanted):
-    assert common.rouge_l(candidate, references) == pytest.approx(wanted, abs=1e-6)
+@functools.cache
+def model(kind, seed):
+    made = small_model(kind, 16, V, seed)
+    backend = Tokenizer(models.WordLevel(dict(zip(WORDS, range(V))), "<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    made.vocab = V
+    return made
 
 
-def test_distinct_counts_different_ngrams():
-    assert common.distinct(["a b a b", "a b"], 1) == 2 / 6
-    assert common.distinct(["a b a b", "a b"], 2) == 2 / 4
-    assert common.distinct([""], 2) == 0
+def examples(known=True, copies=1):
+    """Of each row the student's prompt, the teacher's, and the given response."""
+    found = []
+    for text, prompt, response, references in ROWS:
+        row = {"prompt": text, "response": response, "references": references,
+               "probs": [0.5, 0.5] if known else []}
+        ids = [WORDS.index(word) for word in response.split()]
+        found.append(Example(prompt, [4, *prompt], ids + [EOS] if ids else [], row))
+    return found * copies
 
 
-def test_kl_directions_on_two_tokens_by_hand():
-    p, q = torch.tensor([[0.75, 0.25]]), torch.tensor([[0.5, 0.5]])
-    pq, qp = common.both_kl(q.log(), p.log(), None)
-    assert pq.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-6)
-    assert qp.item() == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(2.0), abs=1e-6)
+@torch.no_grad()
+def logprobs(kind, seed, x, y, tau=1.0):
+    """(len(y), V), by the plain forward pass of one response."""
+    m = model(kind, seed)
+    if kind == "gpt2":
+        logits = m(input_ids=torch.tensor([x + y])).logits[0, len(x) - 1:-1]
+    else:
+        logits = m(input_ids=torch.tensor([x]), decoder_input_ids=torch.tensor([[0] + y[:-1]])
+                   ).logits[0]
+    return (logits / tau).double().log_softmax(-1)
 
 
-def test_the_evaluation_is_zero_between_a_model_and_itself_and_sums_over_the_response(config):
-    cfg = config("llama")
-    student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
-    data = common.load_data(cfg, student, teacher, tokenizer)
-    other = common.load_model(cfg.teacher, torch.device("cpu"))  # the teacher's twin, measured as a student
-    other.vocab = teacher.vocab
-    evaluate = common.make_evaluator(cfg, teacher, tokenizer, data.test)
-    twin, mine = evaluate(other), evaluate(student)
-    assert twin["kl_pq"] == pytest.approx(0, abs=1e-5) and twin["kl_qp"] == pytest.approx(0, abs=1e-5)
-    assert mine["kl_pq"] > 0.1 and mine["kl_qp"] > 0.1
-    # by hand, one response at a time with the model's own logits
-    answers = common.answer_examples(teacher, data.test, tokenizer, cfg, 1.0, 1234, "teacher")
-    total = 0.0
-    for e in answers:
-        ids, first = torch.tensor([e.prompt + e.response]), len(e.prompt) - 1
-        logp = teacher(ids).logits[0, first:-1].log_softmax(-1)
-        logq = student(ids).logits[0, first:-1].log_softmax(-1)
-        total += (logp.exp() * (logp - logq)).sum().item()
-    assert mine["kl_pq"] == pytest.approx(total / len(answers), rel=1e-4)
+def chance(logp, y):
+    return sum(logp[t, token] for t, token in enumerate(y)).exp().item()
 
 
-def test_entropy_is_that_of_the_whole_response_by_enumeration(config):
-    """Two tokens at most, of V: H(q(y|x)) = - sum over all responses of q log q, in the evaluation a mean over samples."""
-    cfg = config("gpt2", max_response=2, eval_rows=4, eval_temperature=0.7)
-    student, _, tokenizer = common.load_pair(dataclasses.replace(cfg, teacher="none"), torch.device("cpu"))
-    test = common.load_data(cfg, student, None, tokenizer).test
-    eos, exact = tokenizer.eos_token_id, []
-    for e in test:
-        first = (student(torch.tensor([e.prompt])).logits[0, -1] / 0.7).log_softmax(-1)
-        second = (student(torch.tensor([e.prompt + [v] for v in range(len(first))])).logits[:, -1] / 0.7).log_softmax(-1)
-        second[eos] = 0.0  # an end has no next token: one response, of log-probability 0 more
-        joint = first[:, None] + second
-        joint[eos, 1:] = -math.inf
-        exact.append(-(joint.exp() * joint.nan_to_num(neginf=0.0)).sum().item())
-    found = common.make_evaluator(cfg, None, tokenizer, test * 100)(student)["entropy"]
-    assert found == pytest.approx(sum(exact) / len(exact), rel=0.02)
+def mean(values):
+    values = list(values)
+    return float(sum(values) / len(values))
 
 
-def test_eval_temperature_is_that_of_the_measured_distribution_not_of_the_teacher(config):
-    """A student whose logits are twice as large, measured at T = 2, is the student itself; p stays where it was."""
-    for kind in ("llama", "t5"):
-        cfg = config(kind, max_response=4)
-        student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
-        test = common.load_data(cfg, student, teacher, tokenizer).test
-        plain = common.make_evaluator(cfg, teacher, tokenizer, test)(student)
-        hot = common.make_evaluator(dataclasses.replace(cfg, eval_temperature=2.0), teacher, tokenizer, test)
-        layer = student.get_output_embeddings()
-        student.set_output_embeddings(torch.nn.Linear(*reversed(layer.weight.shape), bias=False))
-        student.get_output_embeddings().weight.data = 2 * layer.weight.data
-        twice = hot(student)
-        assert {k: pytest.approx(v, rel=1e-4) for k, v in plain.items()} == twice
-        assert hot(teacher)["kl_pq"] > 0.01
+@pytest.mark.parametrize("kind", ["gpt2", "t5-scaled"])
+@pytest.mark.parametrize("tau, kl_on", [(1.0, "samples"), (2.0, "samples"), (0.5, "references")])
+def test_every_metric_equals_its_loop_over_single_responses(kind, tau, kl_on, monkeypatch):
+    """The teacher reads its own prompts; --eval-temperature is that of the student alone."""
+    written, respond = [], common.respond
+    monkeypatch.setattr(common, "respond",
+                        lambda *args: written.append(respond(*args)) or written[-1])
+    cfg = SimpleNamespace(**{**vars(CFG), "eval_temperature": tau, "kl_on": kl_on})
+    rows, (student, teacher) = examples(), (model(kind, 1), model(kind, 2))
+    evaluate = common.Evaluator(cfg, teacher, rows)
+    given = [e for e in rows if e.response]
+    of_teacher = written[0] if kl_on == "samples" else given
+
+    def wanted(seed, role, tau, drawn, greedy):
+        prompt = lambda e: e.teacher_prompt if role else e.prompt
+        logq = lambda e, y: logprobs(kind, seed, prompt(e), y, tau)
+        logp = lambda e, y: logprobs(kind, 2, e.teacher_prompt, y)
+        kl = lambda p, q: (p.exp() * (p - q)).sum()
+        m = {"kl_pq": mean(kl(logp(e, e.response), logq(e, e.response)) for e in of_teacher),
+             "kl_qp": mean(kl(logq(e, e.response), logp(e, e.response))
+                           for e in (drawn if kl_on == "samples" else given)),
+             "entropy": mean(-(q.exp() * q).sum() for q in [logq(e, e.response) for e in drawn]),
+             "length": mean(len(e.response) for e in drawn),
+             "no_end": mean(e.response[-1] != EOS for e in drawn)}
+        nll = -sum(logq(e, e.response)[t, y] for e in given for t, y in enumerate(e.response))
+        m["ce"] = float(nll) / sum(len(e.response) for e in given)
+        mass = {}
+        for who, f in (("own", logq), ("teacher", logp)):
+            mass[who] = [[chance(f(e, y), y) for r in e.row["references"]
+                          for y in [[WORDS.index(w) for w in r.split()] + [EOS]]] for e in rows]
+        m["right"] = mean(map(sum, mass["own"]))
+        shares = {}
+        for who, (x1, x2, y1) in mass.items():  # the kind of a prompt is its first word: x or y
+            kinds = [[a + b for a, b in zip(x1, x2)], y1]
+            shares[who] = [[part / sum(k) for part in k] for k in kinds]
+        m["wording_distance"] = mean(sum(abs(a - b) for a, b in zip(own, theirs)) / 2
+                                     for own, theirs in zip(shares["own"], shares["teacher"]))
+        said = [" ".join(WORDS[t] for t in e.response if t != EOS) for e in greedy]
+        m["right_greedy"] = mean(text in e.row["references"] for text, e in zip(said, rows))
+        return m
+
+    for who, seed, role, of_tau in ((student, 1, "", tau), (teacher, 2, "teacher", 1.0)):
+        written.clear()
+        got = evaluate(who)
+        assert got == pytest.approx(wanted(seed, role, of_tau, *written), rel=1e-4, abs=1e-5)
+        assert [g["greedy"] for g in evaluate.generations] == [
+            " ".join(WORDS[t] for t in e.response if t != EOS) for e in written[1]]
+    assert got["kl_pq"] == got["kl_qp"] == got["wording_distance"] == 0.0
 
 
-def test_the_teachers_texts_are_drawn_apart_from_those_of_the_measured_model(config, monkeypatch):
-    """Else a model that is like its teacher would say the same by the same noise, and the teacher's own line too."""
-    seeds, sample = [], common.sample
-    monkeypatch.setattr(common, "sample", lambda model, prompts, n, temperature=1.0, **k: (
-        seeds.append((model is teacher, temperature, k["seed"])), sample(model, prompts, n, temperature, **k))[1])
-    cfg = config("llama", max_response=4)
-    student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
-    test = common.load_data(cfg, student, teacher, tokenizer).test
-    evaluate = common.make_evaluator(cfg, teacher, tokenizer, test)
-    (of_teacher,) = [seed for is_teacher, _, seed in seeds if is_teacher]
-    evaluate(student), evaluate(teacher)
-    assert of_teacher not in [seed for _, temperature, seed in seeds[1:] if temperature == 1]
+def test_kl_and_entropy_estimate_those_of_whole_responses():
+    """All responses of at most two tokens are listed; 1000 samples a row come close."""
+    student, teacher = model("gpt2", 1), model("gpt2", 2)
+    cfg = SimpleNamespace(**{**vars(CFG), "max_response": 2})
+    m = common.Evaluator(cfg, teacher, examples(copies=1000))(student)
+    ended = [[*y, EOS] for k in range(2) for y in itertools.product(range(1, V), repeat=k)]
+    every = ended + [list(y) for y in itertools.product(range(1, V), repeat=2)]
+    pq, qp, entropy = [], [], []
+    for e in examples():
+        p = torch.tensor([chance(logprobs("gpt2", 2, e.teacher_prompt, y), y) for y in every])
+        q = torch.tensor([chance(logprobs("gpt2", 1, e.prompt, y), y) for y in every])
+        assert p.sum().item() == pytest.approx(1, abs=1e-5)
+        pq.append((p * (p / q).log()).sum())
+        qp.append((q * (q / p).log()).sum())
+        entropy.append(-(q * q.log()).sum())
+    assert min(mean(pq), mean(qp)) > 0.1
+    assert (m["kl_pq"], m["kl_qp"], m["entropy"]) == (
+        pytest.approx(mean(pq), rel=0.06), pytest.approx(mean(qp), rel=0.06),
+        pytest.approx(mean(entropy), rel=0.03))
 
 
-def test_length_and_no_end_are_those_of_samples_not_of_greedy_answers(config, monkeypatch):
-    cfg = config("llama", max_response=4)
-    student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
-    test, eos = common.load_data(cfg, student, teacher, tokenizer).test, tokenizer.eos_token_id
-    said = lambda temperature: [5, 6, 7, 8] if temperature else [5, eos]
-    monkeypatch.setattr(common, "answer_examples", lambda model, examples, tokenizer, cfg, temperature=1.0, *a, **k: [
-        dataclasses.replace(e, response=said(temperature)) for e in examples])
-    m = common.make_evaluator(cfg, teacher, tokenizer, test)(student)
-    assert m["no_end"] == 1.0 and m["length"] == 4.0
+def test_what_was_generated_is_scored_greedy_for_rouge_and_matches_and_sampled_for_length(
+        monkeypatch):
+    said = {0.0: [4, 4, EOS], 1.0: [1, 1, 1]}  # greedily the second reference, at random no end
+    monkeypatch.setattr(common, "respond", lambda m, rows, cfg, temperature=1.0, *_: [
+        dataclasses.replace(e, response=said[temperature]) for e in rows])
+    rows = examples(known=False)[1:2]
+    evaluate = common.Evaluator(CFG, None, rows)
+    m = evaluate(model("gpt2", 1))
+    assert (m["rouge_l"], m["exact_match"], m["length"], m["no_end"]) == (1, 1, 3, 1)
+    assert evaluate.generations == [{"prompt": "x two", "greedy": "d d", "sample": "a a a",
+                                     "references": ["c", "d d"]}]
+    assert not {"kl_pq", "right", "wording_distance"} & set(m)
 
 
-def test_ce_is_a_mean_over_tokens(config):
-    cfg = config("llama", teacher="none", alpha=0.0)
-    student, _, tokenizer = common.load_pair(cfg, torch.device("cpu"))
-    data = common.load_data(cfg, student, None, tokenizer)
-    total, n = 0.0, 0
-    for e in data.test:
-        logq = student(torch.tensor([e.prompt + e.response])).logits[0, len(e.prompt) - 1:-1].log_softmax(-1)
-        total, n = total - logq[range(len(e.response)), e.response].sum().item(), n + len(e.response)
-    assert common.make_evaluator(cfg, None, tokenizer, data.test)(student)["ce"] == pytest.approx(total / n, rel=1e-4)
+def test_without_references_the_response_of_a_row_is_its_reference(monkeypatch):
+    row = common.read_row({"prompt": "a", "response": "d  d"}, "here", CFG)
+    evaluate = common.Evaluator(CFG, None, [Example([1], [1], [4, 4, EOS], row)])
+    monkeypatch.setattr(common, "respond", lambda m, rows, *_: rows)  # it says what is given
+    assert evaluate(model("gpt2", 1))["exact_match"] == 1
 
 
-def test_the_teacher_is_measured_on_its_own_template(config, monkeypatch):
-    """Its row is what a student is compared with: on another prompt it would look worse than it is."""
-    cfg = config("llama", teacher_template="Sort: {prompt} =")
-    student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
-    test, total, n = common.load_data(cfg, student, teacher, tokenizer).test, 0.0, 0
-    for e in test:
-        logp = teacher(torch.tensor([e.teacher_prompt + e.response])).logits[0, len(e.teacher_prompt) - 1:-1].log_softmax(-1)
-        total, n = total - logp[range(len(e.response)), e.response].sum().item(), n + len(e.response)
-    evaluate, answer, roles = common.make_evaluator(cfg, teacher, tokenizer, test), common.answer_examples, []
-    monkeypatch.setattr(common, "answer_examples", lambda *a: roles.append((a[0] is teacher, *a[6:])) or answer(*a))
-    assert evaluate(teacher)["ce"] == pytest.approx(total / n, rel=1e-4)
-    evaluate(student)
-    assert set(roles) == {(True, "teacher"), (False, "student")}  # samples and greedy answers
+def test_references_given_as_a_plain_string_are_one_reference_and_not_letters():
+    row = common.read_row({"prompt": "a", "references": "b c"}, "here", CFG)
+    assert row["references"] == ["b c"]
+    with pytest.raises(common.BadInput, match="here: references must be texts"):
+        common.read_row({"prompt": "a", "references": ["b"], "probs": [0.5, 0.5]}, "here", CFG)
 
 
-def test_which_numbers_are_of_samples_and_which_of_greedy_answers(config, monkeypatch):
-    """Greedily the student says the second reference, whose white space does not count; at random one word three times,
-    with its EOS in the last place."""
-    student, _, tokenizer = common.load_pair(config(teacher="none"), torch.device("cpu"))
-    ids = lambda text: tokenizer(text).input_ids + [tokenizer.eos_token_id]
-    cfg = config(teacher="none", max_response=len(ids("sad sad sad")))
-    examples = [common.Example(ids("x"), ids("x"), [], {"prompt": "x", "response": "a cat", "references": ["a cat", " a  dog\n"]})] * 2
-    said = {0.0: "a dog", 1.0: "sad sad sad"}
-    monkeypatch.setattr(common, "answer_examples", lambda model, examples, tokenizer, cfg, temperature=1.0, *_:
-                        [dataclasses.replace(e, response=ids(said[temperature])) for e in examples])
-    m = common.make_evaluator(cfg, None, tokenizer, examples)(student)
-    assert m["exact_match_greedy"] == 1 and m["exact_match"] == 0
-    assert m["rouge_l_greedy"] == pytest.approx(1) and m["rouge_l"] == 0
-    x, y = ids("x"), ids(said[1.0])
-    logq = student(torch.tensor([x + y])).logits[0, len(x) - 1:-1].log_softmax(-1)
-    assert m["entropy"] == pytest.approx(-(logq.exp() * logq).sum().item(), rel=1e-4)
-    assert m["distinct_1"] == 1 / 6 and m["distinct_2"] == 1 / 4 and m["length"] == len(ids("sad sad sad")) and m["no_end"] == 0
+def test_rows_with_known_responses_need_equally_many(monkeypatch):
+    rows = examples()
+    rows[0].row |= {"references": ["a"], "probs": [1.0]}
+    with pytest.raises(common.BadInput, match="equally many references"):
+        common.Evaluator(CFG, None, rows)
 
 
-def test_mode_distance_is_the_total_variation_of_the_shares_of_wordings(config, monkeypatch):
-    """0 where the student chooses among the wordings as the teacher does, however sure it is of them, 1 where it never does."""
-    rows = [{"prompt": f"{kind} {i}", "response": None, "references": ["a cat", "a dog"], "probs": [.5, .5]} for kind in "xy" for i in range(2)]
-    student, _, tokenizer = common.load_pair(config(teacher="none"), torch.device("cpu"))
-    truth = common.KnownAnswers([common.Example([5], [5], [], row) for row in rows], tokenizer, config())
-    teacher = truth.shares(torch.tensor([[.2, .2], [.4, .4], [.9, 0], [.3, 0]]))
-    for mass, wanted in (([[.1, .1], [.2, .2], [.1, 0], [.1, 0]], 0), ([[.2, .2], [.4, .4], [0, .9], [0, .3]], 0.5),
-                         ([[.3, .1], [.3, .1], [.9, 0], [.3, 0]], 0.125)):
-        monkeypatch.setattr(truth, "mass", lambda *_: torch.tensor(mass))
-        assert truth.metrics(student, "student", 1.0, teacher)["mode_distance"] == pytest.approx(wanted, abs=1e-6)
+def test_an_evaluation_repeats_and_leaves_dropout_out_and_training_mode_on():
+    student = small_model("gpt2", 16, V, 1)
+    student.tokenizer, student.vocab = model("gpt2", 1).tokenizer, V
+    evaluate = common.Evaluator(CFG, model("gpt2", 2), examples())
+    first = evaluate(student)
+    assert evaluate(student.train()) == first and student.training
 
 
-def test_the_mass_of_right_answers_and_its_shares_by_enumeration_each_model_on_its_own_template(config):
-    """Through the evaluator: the probability of each right answer, one after the other, on unpadded tokens."""
-    cfg = config("llama", teacher_template="Sort: {prompt} =")
-    student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
-    encode = common.row_encoder(cfg, student, teacher, tokenizer)
-    rows = [{"prompt": prompt, "response": None, "references": ["a cat", "dog"], "probs": [.5, .5]} for prompt in ("x the cat", "y", "x a dog")]
-    shares, masses = [], []
-    for model in (student, teacher):
-        mass = []
-        for e in map(encode, rows):
-            prompt = e.prompt if model is student else e.teacher_prompt
-            answers = [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in e.row["references"]]
-            logp = [model(torch.tensor([prompt + y])).logits[0, len(prompt) - 1:-1].log_softmax(-1) for y in answers]
-            mass.append([lp[range(len(y)), y].sum().exp().item() for lp, y in zip(logp, answers)])
-        masses.append([sum(m) for m in mass])
-        kinds = [[a + b for a, b in zip(mass[0], mass[2])], mass[1]]  # x and y
-        shares.append([m[0] / sum(m) for m in kinds])
-    wanted = sum(abs(a - b) for a, b in zip(*shares)) / 2  # of two wordings: half of twice the difference; mean of two kinds
-    evaluate = common.make_evaluator(cfg, teacher, tokenizer, [encode(row) for row in rows])
-    assert evaluate(student)["mode_distance"] == pytest.approx(wanted, rel=1e-4) and wanted > 1e-3
-    assert evaluate(teacher)["mode_distance"] < 1e-6
-    for model, (x, y, also_x) in zip((student, teacher), masses):
-        m = evaluate(model)
-        by_hand = [(x + also_x) / 2, y, (x + y + also_x) / 3]
-        assert [m["valid_x"], m["valid_y"], m["valid_mass"]] == pytest.approx(by_hand, rel=1e-4)
+def test_the_teachers_samples_are_drawn_apart_from_those_of_the_measured_model(monkeypatch):
+    """Else a student that is like its teacher would say the same by the same random numbers."""
+    seeds, respond = [], common.respond
+    monkeypatch.setattr(common, "respond", lambda m, rows, cfg, tau, seed, role: seeds.append(
+        (role, tau, seed)) or respond(m, rows, cfg, tau, seed, role))
+    common.Evaluator(CFG, model("gpt2", 2), examples())(model("gpt2", 1))
+    assert len({seed for _, tau, seed in seeds if tau}) == 2
 
 
-def test_dropout_plays_no_part_in_what_is_measured(config):
-    cfg = config("gpt2")
-    student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
-    evaluate = common.make_evaluator(cfg, teacher, tokenizer, common.load_data(cfg, student, teacher, tokenizer).test)
-    assert evaluate(student) == evaluate(student.train()) and student.training
+def test_per_response_gives_sums_that_depend_neither_on_batches_nor_on_chunks(monkeypatch):
+    student, teacher, rows = model("gpt2", 1), model("gpt2", 2), examples()[:2] * 5
+    measure = lambda size: common.per_response(common.both_kl, student, rows, CFG, "student",
+                                               teacher, size)
+    whole = measure(64)
+    assert whole.shape == (10, 2) and whole.dtype == torch.float64
+    monkeypatch.setattr(common, "chunk_slices", lambda hidden, m: [
+        slice(i, i + 2) for i in range(0, len(hidden), 2)])
+    assert torch.allclose(measure(3), whole, rtol=1e-5)
 
 
-def test_a_measurement_does_not_depend_on_the_size_of_chunks(config, monkeypatch):
-    """Of a large vocabulary a chunk is a part of a batch, and begins in the middle of a response."""
-    cfg = config("llama")
-    student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
-    test = common.load_data(cfg, student, teacher, tokenizer).test
-    measure = lambda: common.per_response(common.both_kl, student, teacher, test, cfg)
-    whole = measure()
-    monkeypatch.setattr(common, "chunks", lambda rows, *_: [slice(i, i + 5) for i in range(0, rows, 5)])
-    assert len(test) > 2 and torch.allclose(measure(), whole, rtol=1e-5)
-    alone = [common.per_response(common.both_kl, student, teacher, [e], cfg) for e in test]
-    assert torch.allclose(torch.cat(alone), whole, rtol=1e-4)
-
-
-def test_kl_on_references_needs_no_sampling(config):
-    cfg = config("gpt2", kl_on="references")
-    student, teacher, tokenizer = common.load_pair(cfg, torch.device("cpu"))
-    data = common.load_data(cfg, student, teacher, tokenizer)
-    m = common.make_evaluator(cfg, teacher, tokenizer, data.test)(student)
-    values = common.per_response(common.both_kl, student, teacher, data.test, cfg)
-    assert m["kl_pq"] == pytest.approx(values[:, 0].mean().item()) and m["kl_qp"] == pytest.approx(values[:, 1].mean().item())
+@pytest.mark.parametrize("candidate, references, wanted", [
+    ("the cat sat on the mat", ["a cat sat on a mat ."], 2 * 4 / (6 + 6)),
+    ("", ["something"], 0), ("...", ["..."], 0), ("Hello", ["hello world it"], 2 / 4),
+    ("b a", ["a b"], 2 / 4), ("a a a", ["a"], 2 / 4), ("x y", ["y z", "x q y"], 4 / 5),
+    ("Кошка сидит на ковре", ["кошка спит на ковре!"], 6 / 8),
+    ("猫 在 垫子 上", ["狗 在 垫子 上"], 6 / 8), ("naïve café", ["Naïve Café"], 1)])
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence_of_words_in_any_script(
+        candidate, references, wanted):
+    assert common.rouge_l(candidate, references) == pytest.approx(wanted)

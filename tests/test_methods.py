@@ -1,0 +1,625 @@
+"""Every function of the five methods against its equation: nested loops, vectors by hand, and
+expectations that are exact because all responses can be listed. All in float64."""
+import itertools
+import json
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, small_model, small_tokenizer
+
+import common
+import ddk
+import dpkd
+import gold
+import kd_forward
+import llmr
+
+TASKS = json.loads((ROOT / "data/tasks.json").read_text())["tasks"]
+
+
+def double(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def softmax(logits):
+    total = sum(math.exp(x) for x in logits)
+    return [math.exp(x) / total for x in logits]
+
+
+# ---- kd_forward.py and ddk.py: cross entropy and KL ---------------------------------------------
+def test_kd_loss_is_kl_of_teacher_to_student_on_two_tokens_by_hand():
+    q, p, y = double([0.5, 0.5]).log(), double([0.75, 0.25]).log(), torch.tensor([1])
+    loss, ce, kl = kd_forward.kd_loss(q, p, y, 1.0, 1.0)
+    assert kl.item() == pytest.approx(0.75 * math.log(1.5) - 0.25 * math.log(2))  # 0.1308
+    assert loss.item() == kl.item() != pytest.approx(0.1438, abs=1e-3)            # KL(q||p)
+    assert ce.item() == pytest.approx(math.log(2))
+
+
+def test_kd_loss_multiplies_its_kl_by_tau_squared_and_divides_the_logits_of_no_ce():
+    """softmax(log p / 2) of p = (.9, .1) is (3, 1) / 4."""
+    q, p, y = double([0.0, 0.0]), double([0.9, 0.1]).log(), torch.tensor([0])
+    loss, ce, kl = kd_forward.kd_loss(q, p, y, 1.0, 2.0)
+    assert kl.item() == pytest.approx(0.75 * math.log(1.5) - 0.25 * math.log(2))
+    assert loss.item() == pytest.approx(4 * kl.item())
+    assert kd_forward.kd_loss(p, q, y, 0.5, 2.0)[1].item() == pytest.approx(-math.log(0.9))
+
+
+@pytest.mark.parametrize("weight, tau", [(0.0, 1.0), (0.3, 1.0), (0.7, 2.5), (1.0, 0.4)])
+def test_kd_loss_and_ddks_loss_equal_their_equations_in_loops(weight, tau):
+    f, g, y = randn(6, 9) * 2, randn(6, 9, seed=1) * 2, [0, 8, 3, 3, 5, 1]
+    kd = kd_forward.kd_loss(f, g, torch.tensor(y), weight, tau)
+    of_ddk = ddk.distill_loss(f, g, torch.tensor(y), weight, tau)
+    for row in range(6):
+        q, p = (softmax([x / tau for x in logits[row].tolist()]) for logits in (f, g))
+        kl = sum(p[v] * math.log(p[v] / q[v]) for v in range(9))
+        ce = -math.log(softmax(f[row].tolist())[y[row]])
+        wanted = [(1 - weight) * ce + weight * tau**2 * kl, ce, kl]
+        assert [term[row].item() for term in kd] == pytest.approx(wanted)
+        assert [term[row].item() for term in of_ddk] == pytest.approx([ce + weight * kl, ce, kl])
+
+
+@pytest.mark.parametrize("loss_of", [kd_forward.kd_loss, ddk.distill_loss])
+def test_a_weight_of_zero_needs_no_teacher_and_gives_plain_cross_entropy(loss_of):
+    loss, ce, kl = loss_of(randn(4, 7), None, torch.tensor([0, 6, 2, 2]), 0.0, 3.0)
+    assert torch.equal(loss, ce) and (kl == 0).all()
+    assert ce[1].item() == pytest.approx(-math.log(softmax(randn(4, 7)[1].tolist())[6]))
+
+
+# ---- llmr.py: every response of at most N tokens over V tokens, where token 0 ends it -----------
+class Tree:
+    """A teacher and a student with random logits at every state. Responses of N tokens that do not
+    end with 0 are cut. Rows beyond the end of a response hold the logits of another state."""
+
+    def __init__(self, V=3, N=3, seed=0):
+        states = [s for n in range(N) for s in itertools.product(range(1, V), repeat=n)]
+        cut = list(itertools.product(range(1, V), repeat=N))
+        self.responses = [s + (0,) for s in states] + cut
+        self.lengths = torch.tensor([len(y) for y in self.responses])
+        self.inside = torch.arange(N) < self.lengths[:, None]                           # (B,N)
+        self.tokens = torch.tensor([y + (0,) * (N - len(y)) for y in self.responses])   # (B,N)
+        self.at = torch.tensor([[states.index(y[:t]) if t < len(y) else 0 for t in range(N)]
+                                for y in self.responses])                               # (B,N)
+        self.teacher, self.student = 2 * randn(len(states), V, seed=seed), randn(
+            len(states), V, seed=seed + 1)
+        self.shift = 3 * randn(len(states), 1, seed=seed + 2)
+
+    def token_logprobs(self, logits):
+        logprobs = logits.log_softmax(-1)[self.at]
+        return logprobs.gather(-1, self.tokens[..., None])[..., 0] * self.inside        # (B,N)
+
+    def values(self, f, value="max"):
+        """The script's Q, V and advantage of every token, each (B,N)."""
+        rows = llmr.teacher_values(f[self.at].flatten(0, 1), self.tokens.flatten(), value)
+        return [x.view(self.tokens.shape) for x in rows]
+
+    def expected_gradient(self, gain_of, batch=1):
+        """The exact expectation of the gradient of Eq. 6, over batches of sampled responses.
+        gain_of(responses of a batch) -> (B,N)."""
+        theta, total = self.student.clone().requires_grad_(), 0.0
+        logq = self.token_logprobs(theta)
+        chance = logq.sum(-1).exp().detach()
+        for ids in map(list, itertools.product(range(len(self.responses)), repeat=batch)):
+            weights = llmr.policy_weights(gain_of(ids), logq[ids], None)
+            loss = -(weights * logq[ids] * self.inside[ids]).sum() / batch
+            total = total + chance[ids].prod() * loss
+        return torch.autograd.grad(total, theta)[0]
+
+    def gradient_of(self, objective):
+        """Autograd through an expectation itself: objective(log q (B,N)) is (B,)."""
+        theta = self.student.clone().requires_grad_()
+        logq = self.token_logprobs(theta)
+        chance = logq.sum(-1).exp()
+        return torch.autograd.grad((chance * objective(logq)).sum(), theta)[0]
+
+    def returns(self, f, value="max"):
+        q, v, _ = self.values(f, value)
+        return llmr.returns_to_go(llmr.induced_reward(q, v, self.lengths))
+
+
+def same(a, b):
+    return torch.allclose(a, b, rtol=1e-10, atol=1e-11)
+
+
+def test_teacher_values_and_induced_reward_equal_eqs_1_and_2_in_loops():
+    """V behind the last token is 0, of responses that end and of cut ones, and nothing that stands
+    in the rows behind it plays a part."""
+    tree = Tree(V=4)
+    for value in ("max", "mean", "lse"):
+        q, v, advantage = tree.values(tree.teacher, value)
+        reward = llmr.induced_reward(q, v, tree.lengths)
+        for i, y in enumerate(tree.responses):
+            n, wanted = len(y), []
+            f = [tree.teacher[s].tolist() for s in tree.at[i, :n]]
+            centred = [[x - sum(row) / len(row) for x in row] for row in f]
+            of_state = {"max": max, "lse": lambda row: math.log(sum(map(math.exp, row))),
+                        "mean": lambda row: sum(a * b for a, b in zip(softmax(row), row))}[value]
+            for t in range(n):
+                after = of_state(centred[t + 1]) if t + 1 < n else 0.0
+                wanted.append(centred[t][y[t]] - after)
+            assert reward[i].tolist() == pytest.approx(wanted + [0.0] * (3 - n))
+            logp = [[math.log(x) for x in softmax(row)] for row in f]
+            below = [logp[t][y[t]] - max(logp[t]) for t in range(n)]  # whatever V is
+            assert advantage[i, :n].tolist() == pytest.approx(below)
+
+
+def test_returns_to_go_sum_this_reward_and_all_later_ones():
+    padded = llmr.pad_responses(double(1, 2, 4, 8), torch.tensor([3, 1]))
+    assert padded.tolist() == [[1, 2, 4], [8, 0, 0]]
+    assert llmr.returns_to_go(padded).tolist() == [[7, 6, 4], [8, 0, 0]]
+
+
+def test_the_sum_of_rewards_telescopes_to_a_value_and_what_the_teacher_makes_of_each_token():
+    """max: V(s_1) + advantages; lse: V(s_1) + log p(y|x); mean: also the entropy of each state."""
+    tree = Tree(V=4)
+    logp = tree.teacher.log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)[tree.at] * tree.inside
+    advantage, token = tree.values(tree.teacher)[2] * tree.inside, tree.token_logprobs(tree.teacher)
+    for value, terms in (("max", advantage), ("lse", token), ("mean", token + entropy)):
+        v = tree.values(tree.teacher, value)[1]
+        left = (tree.returns(tree.teacher, value) - v) * tree.inside
+        assert same(left, llmr.returns_to_go(terms) * tree.inside)
+
+
+def test_the_best_return_of_v_max_is_the_teachers_greedy_response():
+    found = {"max": 0, "lse": 0}  # lse: short responses gain
+    for seed in range(40):
+        tree = Tree(seed=seed)
+        advantage = (tree.values(tree.teacher)[2] * tree.inside).sum(-1)
+        greedy = (advantage == 0).nonzero().item()  # every token is the likeliest of its state
+        for value in found:
+            found[value] += tree.returns(tree.teacher, value)[:, 0].argmax().item() == greedy
+    assert found["max"] == 40 and found["lse"] < 40
+
+
+@pytest.mark.parametrize("baseline, batch", [("none", 1), ("value", 1), ("mean", 2)])
+def test_the_expected_gradient_is_that_of_the_expected_return_with_every_baseline(baseline, batch):
+    """Cut responses are among them."""
+    tree = Tree(N=2, V=4)
+    returns, v = tree.returns(tree.teacher), tree.values(tree.teacher)[1]
+
+    def gain(ids):
+        if baseline == "mean":
+            n, total = tree.lengths[ids], returns[ids].sum()
+            return returns[ids] - llmr.mean_of_others(returns[ids], n, total, n.sum())
+        return returns[ids] - (v[ids] if baseline == "value" else 0.0)
+
+    assert same(tree.expected_gradient(gain, batch), -tree.gradient_of(lambda _: returns[:, 0]))
+
+
+def test_mean_of_others_leaves_out_all_tokens_of_the_own_response():
+    """Also those of other micro-batches count, as `total` and `count` say."""
+    returns, lengths = double([1, 2, 0], [3, 4, 5]), torch.tensor([2, 3])
+    got = llmr.mean_of_others(returns, lengths, total=15 + 20, count=5 + 4)
+    assert got.tolist() == [[pytest.approx((35 - 3) / 7)], [pytest.approx((35 - 12) / 6)]]
+    assert llmr.mean_of_others(double([7, 8]), torch.tensor([2]), 15, 2).tolist() == [[0.0]]
+
+
+def test_a_constant_added_to_the_teachers_logits_of_a_state_changes_no_expected_gradient():
+    """Not so if cut responses were dropped, as in the release, or if V followed a cut response."""
+    tree = Tree()
+    uncentred = lambda f: (f[tree.at].gather(-1, tree.tokens[..., None])[..., 0],
+                           f.amax(-1)[tree.at])  # the mean would hide the shift
+    shifted, plain = (llmr.returns_to_go(llmr.induced_reward(*uncentred(f), tree.lengths))
+                      for f in (tree.teacher + tree.shift, tree.teacher))
+    assert same((shifted - plain) * tree.inside, tree.shift[tree.at][..., 0] * tree.inside)
+    ends = (tree.tokens == 0).any(-1, keepdim=True)
+    for kept, wanted in ((torch.ones_like(ends), True), (ends, False)):
+        a, b, c = (tree.expected_gradient(lambda ids: (returns * kept)[ids])
+                   for returns in (shifted, plain, tree.returns(tree.teacher)))
+        assert same(a, b) == same(b, c) == wanted
+
+
+def test_lse_values_less_log_q_give_on_policy_reverse_kl():
+    """Q - V is log p of a token then. Without the return-to-go the gradient is that of KL(q||p) at
+    each state that the student visits; with it, that of KL(q||p) between whole responses."""
+    tree = Tree(V=4)
+    action_value, state_value, _ = tree.values(tree.teacher, "lse")
+    reward = (action_value - state_value - tree.token_logprobs(tree.student)) * tree.inside
+    theta = tree.student.clone().requires_grad_()
+    logq, logp = theta.log_softmax(-1), tree.teacher.log_softmax(-1)
+    kl = (logq.exp() * (logq - logp)).sum(-1)  # of each state
+    chance = tree.token_logprobs(tree.student).sum(-1, keepdim=True).exp()
+    (chance * kl[tree.at] * tree.inside).sum().backward()
+    assert same(tree.expected_gradient(lambda ids: reward[ids]), theta.grad)
+    to_go = llmr.returns_to_go(reward)
+    token_logp = tree.token_logprobs(tree.teacher)
+    whole = tree.gradient_of(lambda logq: (logq - token_logp).sum(-1))
+    assert same(tree.expected_gradient(lambda ids: to_go[ids]), whole)
+
+
+def test_weights_are_the_gain_times_the_ratio_of_this_token_and_have_no_gradient():
+    gain, logq = double(2, -3), double(-1, -2).requires_grad_()
+    assert torch.equal(llmr.policy_weights(gain, logq, None), gain)
+    stale = llmr.policy_weights(gain, logq, double(-1.5, -1))
+    assert stale.tolist() == pytest.approx([2 * math.exp(0.5), -3 * math.exp(-1)])
+    assert not stale.requires_grad
+
+
+# ---- dpkd.py: ten responses that can be listed --------------------------------------------------
+def pairs_of(logq, logp, beta, length_norm=False, n=None):
+    """Loss and margin (10,10) of every pair; the row is the teacher's response."""
+    n = torch.ones(10) if n is None else n
+    t, s = (x.flatten() for x in torch.meshgrid(*[torch.arange(10)] * 2, indexing="ij"))
+    found = dpkd.preference_loss(logq[t], logp[t], logq[s], logp[s], n[t], n[s], beta, length_norm)
+    return [x.view(10, 10) for x in found]
+
+
+def descend(logp, logq, beta, frozen, steps, rate):
+    """The student after gradient steps on the expected loss, with frozen or fresh own responses."""
+    z, start = logq.clone().requires_grad_(), logq
+    for _ in range(steps):
+        drawn = (start if frozen else z.log_softmax(0)).exp().detach()
+        loss = (logp.exp()[:, None] * drawn * pairs_of(z.log_softmax(0), logp, beta)[0]).sum()
+        z.data -= rate * torch.autograd.grad(loss, z)[0]
+    return z.detach().log_softmax(0)
+
+
+def kl(a, b):
+    return (a.exp() * (a - b)).sum()
+
+
+@pytest.fixture
+def p_and_q():
+    return 0.5 * randn(10, seed=3).log_softmax(0), (0.5 * randn(10, seed=4)).log_softmax(0)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_preference_loss_equals_eqs_8_and_9_in_loops(norm):
+    logq_t, logp_t, logq_s, logp_s = -9 * torch.rand(4, 6, dtype=torch.float64)
+    n_t, n_s = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 1, 5, 2, 4, 3]])
+    loss, margin = dpkd.preference_loss(logq_t, logp_t, logq_s, logp_s, n_t, n_s, 0.7, norm)
+    for i in range(6):
+        of_teacher = 0.7 * (logq_t[i] - logp_t[i]).item() / (n_t[i].item() if norm else 1)
+        of_student = 0.7 * (logq_s[i] - logp_s[i]).item() / (n_s[i].item() if norm else 1)
+        assert margin[i].item() == pytest.approx(of_teacher - of_student)
+        sigmoid = 1 / (1 + math.exp(of_student - of_teacher))
+        assert loss[i].item() == pytest.approx(-math.log(sigmoid))
+
+
+def test_a_margin_of_minus_ten_thousand_gives_a_finite_loss_and_gradient():
+    logq = torch.tensor([-2e4], requires_grad=True)
+    loss, margin = dpkd.preference_loss(logq, torch.zeros(1), torch.zeros(1), torch.zeros(1), 1, 1,
+                                        0.5, False)
+    loss.sum().backward()
+    assert margin.item() == -1e4 and loss.item() == 1e4 and logq.grad.item() == -0.5
+
+
+def test_the_expected_margin_of_fresh_pairs_is_minus_beta_times_both_kls():
+    for seed in range(5):
+        logp, logq = randn(10, seed=seed).log_softmax(0), randn(10, seed=seed + 9).log_softmax(0)
+        margin = pairs_of(logq, logp, 0.3)[1]
+        mean = (logp.exp()[:, None] * logq.exp() * margin).sum()
+        assert mean.item() == pytest.approx(-0.3 * (kl(logp, logq) + kl(logq, logp)).item())
+
+
+def test_for_small_beta_the_gradient_is_beta_half_times_that_of_kl_p_q(p_and_q):
+    logp, logq = (x.log_softmax(0) for x in p_and_q)
+    z, beta = logq.clone().requires_grad_(), 1e-4
+    loss = pairs_of(z.log_softmax(0), logp, beta)[0]
+    (logp.exp()[:, None] * logq.exp() * loss).sum().backward()
+    assert torch.allclose(z.grad, beta / 2 * (logq.exp() - logp.exp()), rtol=1e-3, atol=1e-9)
+
+
+def test_frozen_student_responses_lead_beyond_the_teacher_and_fresh_ones_to_it(p_and_q):
+    """The fixed point of frozen ones, drawn from q_0, is q ~ p (p/q_0)^(1/beta)."""
+    logp, start = (x.log_softmax(0) for x in p_and_q)
+    formula = (logp + (logp - start) / 0.5).log_softmax(0)
+    found = descend(logp, start, 0.5, frozen=True, steps=3000, rate=10.0)
+    assert (found.exp() - formula.exp()).abs().max() < 1e-6 and kl(logp, formula) > 0.05
+    assert kl(logp, descend(logp, start, 0.5, frozen=False, steps=1500, rate=5.0)) < 1e-9
+
+
+# ---- gold.py: its three equations ---------------------------------------------------------------
+def test_energy_is_minus_logsumexp_and_no_softmax_cancels_a_shift():
+    f = randn(5, 9)
+    wanted = [-math.log(sum(map(math.exp, row))) for row in f.tolist()]
+    assert gold.energy(f).tolist() == pytest.approx(wanted)
+    assert same(gold.energy(f + 3.5), gold.energy(f) - 3.5)
+
+
+def test_energies_are_means_over_the_tokens_of_each_answer_and_skip_padding():
+    model = small_model("gpt2", 16, 40)
+    model.vocab = 40
+    cfg = SimpleNamespace(dtype="float32")
+    answers = [([3, 4, 5], [6, 0]), ([7], [8, 9, 10, 11, 12, 0]), ([5] * 9, [0])]
+    got = gold.energies_of(model, [common.Example(x, x, y) for x, y in answers], cfg)
+    for energy, (x, y) in zip(got, answers):
+        rows = model(torch.tensor([x + y])).logits[0, len(x) - 1:-1]
+        assert energy == pytest.approx(-rows.logsumexp(-1).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("n, most, ranks", [
+    (8, 2, [4, 5]), (16, 2, [9, 10]), (16, 9, [8, 9, 10, 11]), (5, 2, [2, 3]), (3, 2, [1]),
+    (2, 2, []), (0, 2, [])])
+def test_the_band_has_ranks_floor_half_b_to_floor_eight_tenths_b_minus_one(n, most, ranks):
+    energies = [math.sin(7 * i + 1) for i in range(n)]
+    rank = sorted(range(n), key=lambda i: energies[i])
+    got = gold.select_feedback(energies, "band", most, random.Random(0))
+    assert got == [rank[r] for r in ranks]
+
+
+def test_the_controls_of_select_are_the_strangest_any_or_none():
+    energies = [0.3, -1.0, 2.0, 0.5, 0.4]
+    pick = lambda how, seed=0: gold.select_feedback(energies, how, 2, random.Random(seed))
+    assert sorted(pick("top")) == [2, 3] and pick("none") == []
+    assert len({tuple(sorted(pick("random", seed))) for seed in range(200)}) == 10
+
+
+def test_sce_loss_is_ce_and_reverse_ce_with_the_zeros_of_the_one_hot_target_at_1e_4():
+    f, y = randn(6, 7), [0, 3, 6, 2, 2, 5]
+    loss, ce = gold.sce_loss(f, torch.tensor(y), 0.3, 0.7)
+    for row in range(6):
+        q = softmax(f[row].tolist())
+        reverse = -sum(q[k] * math.log(1.0 if k == y[row] else 1e-4) for k in range(7))
+        assert ce[row].item() == pytest.approx(-math.log(q[y[row]]))
+        assert loss[row].item() == pytest.approx(0.3 * ce[row].item() + 0.7 * reverse)
+
+
+# ---- gold.py: tasks, prompts and answers --------------------------------------------------------
+HUB = {  # a row as the hub has it, and how the student's prompt ends; its response
+    "rte": ({"sentence1": "A man sleeps.", "sentence2": "He rests.", "label": 1, "idx": 0},
+            "rte sentence1: A man sleeps. sentence2: He rests.", "not_entailment"),
+    "wnli": ({"sentence1": "Ann saw her.", "sentence2": "Ann saw Bea.", "label": 1, "idx": 0},
+             "wnli sentence1: Ann saw her. sentence2: Ann saw Bea.", "entailment"),
+    "mrpc": ({"sentence1": "It rose.", "sentence2": "It fell.", "label": 0, "idx": 0},
+             "mrpc sentence1: It rose. sentence2: It fell.", "not_equivalent"),
+    "qnli": ({"question": "Who?", "sentence": "Ann did.", "label": 0, "idx": 0},
+             "qnli question: Who? sentence: Ann did.", "entailment"),
+    "mnli": ({"premise": "It rains.", "hypothesis": "It pours.", "label": 1, "idx": 0},
+             "mnli premise: It rains. hypothesis: It pours.", "neutral"),
+    "anli": ({"uid": "x", "premise": "P.", "hypothesis": "H.", "label": 2, "reason": ""},
+             "anli premise: P. hypothesis: H.", "contradiction"),
+    "squad": ({"id": "1", "title": "T", "context": "The cat sat.", "question": "Who sat?",
+               "answers": {"text": ["The cat", "cat"], "answer_start": [0, 4]}},
+              "question: Who sat? context: The cat sat.", "The cat"),
+    "adversarial_qa": ({"id": "1", "title": "T", "context": "C.", "question": "Q?", "metadata": {},
+                        "answers": {"text": ["C"], "answer_start": [0]}},
+                       "question: Q? context: C.", "C"),
+    "svamp": ({"ID": "chal-1", "Body": "Ann has 8 figs.", "Question": "And now?", "Type": "x",
+               "Equation": "( 8.0 - 3.0 )", "Answer": "5.0", "question_concat": "x"},
+              "svamp body: Ann has 8 figs. question: And now?", "( 8.0 - 3.0 )"),
+    "nl4opt": ({"problem": "Maximise x.", "formulation": "max x"}, "nl4opt: Maximise x.", "max x"),
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_each_of_the_ten_tasks_reads_rows_of_its_hub_form(name):
+    record, prompt, response = HUB[name]
+    row = gold.read_sample(record, "here", gold.load_task(name))
+    assert (row["prompt"], row["response"]) == (prompt, response)
+    assert row["references"] == record.get("answers", {"text": [response]})["text"]
+    assert set(TASKS) == {"reviews", *HUB}
+
+
+@pytest.mark.parametrize("label", ["maybe", -1, 7])
+def test_a_label_that_is_none_of_the_tasks_is_refused(label):
+    with pytest.raises(common.BadInput, match="here: the label"):
+        gold.read_sample({**HUB["rte"][0], "label": label}, "here", gold.load_task("rte"))
+
+
+def test_prompt_of_a_classification_task_word_by_word():
+    """The label is drawn first and stands before its text."""
+    task, form = gold.load_task("rte"), "Label: not_entailment\nSentence1: A.\nSentence2: B.\n\n"
+    shot = {"Sentence1": "A.", "Sentence2": "B.", "label": "not_entailment"}
+    asked, begun, rest = gold.build_prompt(task, gold.WRITE, [shot], {"label": "entailment"}, "ood")
+    assert asked == (f"{task['about']}\n\nSample 1:\n{form}Write one more sample of this task, new "
+                     "and complete, in the same form, and nothing after it.\n\n")
+    assert begun == ("Here is a new sample. Sentence2 follows from Sentence1. It is about another "
+                     "topic, from another domain, and very different from every sample above.\n\n"
+                     "Label: entailment\nSentence1:")
+    text = " It rains.\nSentence2: It is wet.\n\nSample 2:"
+    assert gold.parse_sample(text, rest, task["stop"]) == {
+        "Sentence1": "It rains.", "Sentence2": "It is wet."}
+    asked, begun, rest = gold.build_prompt(task, gold.SOLVE, [shot], {"Sentence1": "{x}",
+                                                                      "Sentence2": "B."})
+    assert asked.endswith("Sentence2: B.\nLabel: not_entailment\n\nGive the Label of the next "
+                          "sample, and nothing after it.\n\n")
+    assert (begun, rest) == ("Sentence1: {x}\nSentence2: B.\nLabel:", "{label}")
+
+
+def test_prompt_of_a_task_with_free_answers_word_by_word():
+    task, shot = gold.load_task("svamp"), {"Body": "8.", "Question": "How?", "label": "( 8 - 1 )"}
+    asked, begun, rest = gold.build_prompt(task, gold.WRITE, [shot, shot], {})
+    assert "\n\nSample 2:\nBody: 8.\nQuestion: How?\nEquation: ( 8 - 1 )\n\nWrite" in asked
+    assert begun == "Here is a new sample.\n\nBody:"
+    text = "Bo had 5.\nHe ate 2.\nQuestion: And now?\nEquation: 5 + 1"
+    assert gold.parse_sample(text, rest, task["stop"]) == {
+        "Body": "Bo had 5.\nHe ate 2.", "Question": "And now?", "label": "5 + 1"}
+    for bad in ("", "a body", "Bo. Equation: 5", "\n\nSample 2:", "Question: what? Equation: 1"):
+        assert gold.parse_sample(bad, rest, task["stop"]) == {}
+
+
+@pytest.mark.parametrize("text, value", [
+    ("12 - 5", 7), ("( 8.0 - 3.0 ) * 2", 10), ("x = 7 / 2", 3.5), ("3 + 4 = 8", 7), ("-2+1", -1),
+    ("", None), ("five", None), ("__import__('os').system('true')", None), ("2 ** 9 ** 9", None),
+    ("1 / 0", None), ("(1).real", None), ("[1][0]", None), ("(" * 500, None), ("lambda: 1", None),
+    ("True and 5", None)])
+def test_equations_have_values_and_nothing_is_executed(text, value):
+    assert gold.value_of(text) == (None if value is None else pytest.approx(value))
+
+
+def test_samples_are_kept_by_the_lengths_of_their_fields_and_the_check_of_the_task():
+    fine = lambda name, **sample: gold.well_formed(gold.load_task(name), sample)
+    for a, b, kept in ((11, 399, True), (10, 20, False), (11, 400, False)):
+        assert fine("rte", Sentence1="x" * a, Sentence2="y" * b, label="entailment") == kept
+    asked = dict(Context="The cat sat on the mat.", Question="Where was the cat?")
+    assert fine("squad", **asked, label="the mat") and not fine("squad", **asked, label="the hat")
+    tale = dict(Body="Ann has 3 figs and eats 1.", Question="How many are left?")
+    assert fine("svamp", **tale, label="3 - 1") and not fine("svamp", **tale, label="two")
+    assert not fine("svamp", **tale)
+
+
+def test_scores_are_exact_matches_values_of_equations_or_rouge_l():
+    def score(name, text, *right):
+        return gold.task_metrics(gold.load_task(name), [text], [{"references": list(right)}])
+    assert score("rte", " entailment", "entailment") == {"accuracy": 1}
+    assert score("rte", "not_entailment", "entailment") == {"accuracy": 0}
+    assert score("squad", "b  c", "a", "b c") == {"accuracy": 1}
+    for text, right in (("1 + 3", 1), ("?", 0), ("5", 0)):
+        assert score("svamp", text, "( 3.0 + 1.0 )") == {"accuracy": right}
+    assert score("nl4opt", "maximise x", "maximise x now please") == {
+        "rouge_l": pytest.approx(2 / 3)}
+
+
+def test_accuracy_weighs_topics_as_they_occur_and_uniform_and_tail_do_not():
+    rows = [{"references": ["a"], "weight": w, "tail": tail}
+            for w, tail in ((6.0, False), (1.0, True), (1.0, True))]
+    m = gold.task_metrics(gold.load_task("rte"), ["a", "a", "b"], rows)
+    assert m == pytest.approx({"accuracy": 7 / 8, "accuracy_uniform": 2 / 3, "accuracy_tail": 0.5})
+
+
+def test_coverage_counts_topics_of_ten_samples_the_tail_and_garbage():
+    topics = [{"topic": "cats", "patterns": [r"cat \d+"], "tail": False},
+              {"topic": "dogs", "patterns": [r"dog \d+"], "tail": True}]
+    texts = [f"cat {i}" for i in range(12)] + [f"dog {i}" for i in range(4)] + ["what", "a cat 1"]
+    samples = [{"sample": {"text": text, "label": "dog 1"}} for text in texts]
+    assert gold.coverage(samples, topics) == pytest.approx(
+        {"modes": 1, "tail_mass": 4 / 18, "garbage": 2 / 18})
+    assert gold.coverage(samples, []) == {}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_real_samples_have_each_label_equally_often_and_come_from_the_first_ten_k_rows(seed):
+    rows = [{"sample": {"text": str(i), "label": "rare" if i % 10 == 0 else "common"}}
+            for i in range(400)]
+    task = {"name": "x", "shots": 4, "labels": {"rare": "", "common": ""}}
+    shots = gold.pick_shots(task, rows, random.Random(seed))
+    assert [s["label"] for s in shots].count("rare") == 2
+    assert len({s["text"] for s in shots}) == 4 and all(int(s["text"]) < 40 for s in shots)
+    with pytest.raises(common.BadInput, match="4 real samples are wanted"):
+        gold.pick_shots(task, rows[:3], random.Random(0))
+
+
+def test_the_llm_is_asked_again_for_bad_samples_and_texts_of_held_out_rows(tmp_path, monkeypatch):
+    task, calls = gold.load_task("rte"), []
+    form = " {0}.\nSentence2: {0}."
+    bad, held, good = "no form", form.format("held out row"), form.format("quite a new one")
+
+    def answer(self, prompts, call, *_):
+        calls.append(call)
+        return [[bad, held, good], [bad, good], [good]][len(calls) - 1]
+
+    monkeypatch.setattr(gold.LLM, "__call__", answer)
+    cfg = SimpleNamespace(temperature=1.0, top_k=0, top_p=1.0)
+    held_out = {"rte sentence1: held out row. sentence2: held out row."}
+    llm = gold.LLM(None, task, [], held_out, tmp_path / "written.jsonl", cfg)
+    found = llm.write([], [{"label": "entailment"}] * 3, "plain", 5)
+    assert [s["Sentence1"] for s in found] == ["quite a new one."] * 3
+    assert calls == [[5, "plain", 0], [5, "plain", 1], [5, "plain", 2]] and llm.asked == 6
+
+
+def test_an_llm_reads_a_chat_turn_and_goes_on_from_a_forced_beginning_or_reads_both_in_one():
+    model = small_model("llama", 16, 328)
+    model.tokenizer = tokenizer = small_tokenizer()
+    llm = gold.LLM(model, gold.load_task("reviews"), [], set(), ROOT / "none", None)
+    assert tokenizer.decode(llm.tokens("the cat", " sat on")) == "the cat sat on"
+    tokenizer.chat_template = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}<a>"
+    assert tokenizer.decode(llm.tokens("the cat", " sat on")) == "<u>the cat</u><a> sat on"
+    with pytest.raises(common.BadInput, match="has room for 244"):  # of 256, 12 are new
+        llm.tokens("the cat " * 200, "on")
+
+
+# ---- ddk.py: the mixture; the vectors are those of its specification ----------------------------
+TEACHER = double(10, 5, 2).log()
+
+
+def gap(*ppl):
+    return ddk.domain_gap(double(*ppl).log(), TEACHER)
+
+
+def near(got, wanted):
+    return got.tolist() == pytest.approx(wanted, abs=5e-9)
+
+
+def test_gap_prior_and_mixture_give_the_worked_examples():
+    assert near(gap(12, 7.5, 3.6), [1.2, 1.5, 1.8])
+    assert near(ddk.prior(gap(12, 7.5, 3.6)).exp(), [0.23969448, 0.32355370, 0.43675182])
+    r0 = ddk.prior(gap(12, 7.5, 3.6))
+    r1 = ddk.mixture(r0, gap(12, 7.5, 3.6), 0.5)
+    assert near(r1.exp(), [0.24807025, 0.31499367, 0.43693608])
+    for _ in range(60):
+        r1 = ddk.mixture(r1, gap(12, 7.5, 3.6), 0.5)
+    assert near(r1.exp(), [0.25268843, 0.30837204, 0.43893953])
+    r1 = ddk.mixture(r0, gap(11.5, 6, 3), 0.5)
+    assert near(r1.exp(), [0.26657121, 0.30843797, 0.42499082])
+    assert near(ddk.mixture(r1, gap(11, 5.5, 2.4), 0.5).exp(), [0.29424973, 0.31428749, 0.39146277])
+    equal = ddk.mixture(double(.7, .2, .1).log(), double(2, 2, 2), 0.5)
+    assert near(equal.exp(), [0.7 / 2 + 1 / 6, 0.2 / 2 + 1 / 6, 0.1 / 2 + 1 / 6])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
+def test_mixture_equals_eq_2_in_loops(smoothing):
+    r, rho = [0.1, 0.3, 0.05, 0.35, 0.2], [0.9, 5.0, 1.1, 2.2, 3.0]
+    psi = [r[i] * math.exp(rho[i]) for i in range(5)]
+    wanted = [smoothing * x / sum(psi) + (1 - smoothing) / 5 for x in psi]
+    assert near(ddk.mixture(double(*r).log(), double(*rho), smoothing).exp(), wanted)
+
+
+def test_shares_stay_finite_where_the_exponential_of_a_gap_is_infinite():
+    rho = ddk.domain_gap(double(711, 5000, 3), double(1, 1, 1))
+    r = ddk.mixture(ddk.prior(rho), double(1000, 1, 740), 0.5)
+    assert rho.isfinite().all() and r.isfinite().all() and near(r.exp(), [4 / 6, 1 / 6, 1 / 6])
+
+
+def test_ddks_loss_gives_the_worked_example_with_the_forward_kl_and_no_tau_squared():
+    q, p, y = double([2, 0, -1], [0, 1, 0]), double([1, 1, -2], [0, 3, 0]), torch.tensor([0, 1])
+    got = [x.mean().item() for x in ddk.distill_loss(q, p, y, 0.2, 1.0)]
+    assert got == pytest.approx([0.430968, 0.360645, 0.351615], abs=1e-6)
+    loss, ce, kl = (x.mean().item() for x in ddk.distill_loss(q, p, y, 0.2, 2.0))
+    assert kl == pytest.approx(0.116051, abs=1e-6) and loss == pytest.approx(ce + 0.2 * kl)
+
+
+def test_metrics_report_the_largest_gap_and_not_that_of_the_hardest_domain():
+    m = ddk.metrics(["a", "b"], double(5, 1), double(4.9, 0.2), double(0.3, 0.7))
+    gaps = math.exp(0.1), math.exp(0.8)
+    assert m == pytest.approx({
+        "worst_gap": gaps[1], "mean_gap": sum(gaps) / 2, "gap_a": gaps[0], "gap_b": gaps[1],
+        "mean_ce": 3, "ppl_a": math.exp(5), "ppl_b": math.e, "share_a": 0.3, "share_b": 0.7})
+
+
+def test_a_domain_goes_through_all_its_sequences_before_one_repeats_also_after_resuming():
+    sampler, seen = ddk.DomainSampler([5, 7], 3), {0: [], 1: []}
+    for step in range(60):
+        if step % 7 == 3:  # a new process
+            state = sampler.state_dict()
+            sampler = ddk.DomainSampler([5, 7], 3)
+            sampler.load_state_dict(state)
+        for i, j in sampler.draw(step, 3, double(.9, .1) if step % 2 else double(.2, .8)):
+            seen[i].append(j)
+    straight = ddk.DomainSampler([5, 7], 3)
+    drawn = [pair for step in range(60)
+             for pair in straight.draw(step, 3, double(.9, .1) if step % 2 else double(.2, .8))]
+    assert [j for i, j in drawn if i == 0] == seen[0] and straight.total.tolist() == \
+        sampler.total.tolist()
+    for i, size in ((0, 5), (1, 7)):
+        passes = [seen[i][a:a + size] for a in range(0, len(seen[i]) - size + 1, size)]
+        assert len(passes) > 5 and all(sorted(order) == list(range(size)) for order in passes)
+        assert len(set(map(tuple, passes))) > 1  # reshuffled
+
+
+def test_draws_follow_the_shares_and_differ_between_seeds():
+    count, shares, draws = [0, 0, 0], [0.6, 0.3, 0.1], []
+    for seed in (0, 1):
+        sampler = ddk.DomainSampler([50, 50, 50], seed)
+        draws.append([pair for t in range(150) for pair in sampler.draw(t, 20, double(*shares))])
+    assert draws[0] != draws[1]
+    for i, _ in draws[0]:
+        count[i] += 1
+    for got, share in zip(count, shares):  # within four standard deviations
+        assert abs(got - 3000 * share) < 4 * math.sqrt(3000 * share * (1 - share))
+
+
+def test_fixed_shares_are_uniform_natural_or_as_named():
+    shares = lambda mix: ddk.fixed_shares(mix, ["a", "b"], [30, 10]).tolist()
+    assert shares("uniform") == [0.5, 0.5] and shares("natural") == shares("ddk") == [0.75, 0.25]
+    assert shares("b=.8,a=.2") == pytest.approx([0.2, 0.8])
+    for bad in ("a=.5", "a=.5,b=.6", "a=1.5,b=-.5", "a=.5,b=x", "a=.5,c=.5", "a=.5,a=.5"):
+        with pytest.raises(common.BadInput, match="--mix"):
+            shares(bad)
