@@ -414,8 +414,8 @@ class Run:
         """After every optimizer step; `step` of them are done. Save when it is time, after the last
         step, and when a signal came."""
         self.stop = all_reduce_sum(self.stop)  # a signal to one process stops all of them
-        last = step == self.cfg.steps
-        if self.stop or last or step % self.cfg.save_every == 0:
+        last = self.stop or step == self.cfg.steps
+        if last or step % self.cfg.save_every == 0:
             self.save(step, **parts)
         if last:  # all is saved, so signals act as before
             with contextlib.suppress(ValueError):
@@ -875,9 +875,8 @@ def prompt_parts(row, template, model):
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     # marks stand for the contents, so that the user's words can be told from the template's
     marked = [{**m, "content": chr(0xE000 + i)} for i, m in enumerate(turns)]
-    template = tokenizer.chat_template
-    if isinstance(template, str):  # some write the date: let it be the same tomorrow
-        template = re.sub(r"strftime_now\([^)]*\)", "'26 Jul 2024'", template)
+    # some templates write the date: let it be the same tomorrow
+    template = re.sub(r"strftime_now\([^)]*\)", "'26 Jul 2024'", tokenizer.get_chat_template())
     text = tokenizer.apply_chat_template(
         marked, chat_template=template, tokenize=False, add_generation_prompt=True,
         date_string="26 Jul 2024")

@@ -484,7 +484,8 @@ def train_scorer(scorer, optimizer, examples, rng, cfg, run):
 
 def train_student(student, optimizer, examples, evaluate, start, cfg, run):
     """Phase 2: the fresh student learns everything that was written, by Eq. 5."""
-    torch.manual_seed(cfg.seed + common.processes()[0])  # for dropout, whatever phase 1 used
+    if start == 0:  # for dropout, whatever phase 1 used; a checkpoint brings its own
+        torch.manual_seed(cfg.seed + common.processes()[0])
     loss_of = torch.compile(sce_loss, dynamic=True) if cfg.compile else sce_loss
     student.train()
 

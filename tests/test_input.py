@@ -1,444 +1,622 @@
-"""Bad input: one sentence with what, where and what to do, exit status 2, and nothing overwritten."""
-import dataclasses
+"""Data and models of users: what each form is read as, and what is refused in one sentence."""
+import csv
+import functools
+import gzip
+import importlib
 import json
-import os
-import pickle
+import logging
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import threading
-from pathlib import Path
-from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
-from conftest import flags
+from conftest import any_run, flags, small_model, small_run, write_rows
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import BartConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, XLNetConfig
 
 import common
 import kd_forward
 
-ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+ROW = '{"prompt": "the cat", "response": "cat the"}\n'
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def refused(match, function, *args):
-    with pytest.raises(common.BadInput, match=match) as caught:
-        function(*args)
-    assert "\n" not in str(caught.value).strip() and len(str(caught.value)) < 600
-    return str(caught.value)
+# --- Edits of a model directory ------------------------------------------------------------------
+def weights(change):
+    """change({name: tensor}) -> {name: tensor}"""
+    def edit(path):
+        file = path / "model.safetensors"
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return edit
 
 
-def test_settings_in_every_spelling():
-    parse = lambda *words: common.parse_args(kd_forward.Config, words)
-    assert parse("--lr", "1e-4").lr == parse("--lr=1e-4").lr == 1e-4
-    assert parse("--batch-size", "8").batch_size == parse("--batch_size=8").batch_size == 8
-    assert parse("--no-compile").compile is False and parse("--compile").compile is True
-    assert parse("--no-resume").resume is False and parse("--data", "a-b_c").data == "a-b_c"
-    refused("did you mean --batch-size", parse, "--batch-siz", "8")
-    refused("did you mean --alpha", parse, "--alpah=1")
-    refused("invalid int value: 'many'", parse, "--steps", "many")
-    refused("expected one argument", parse, "--steps")
-    refused("unknown setting 7", parse, "7")
+def tokenizer(change):
+    def edit(path):
+        own = AutoTokenizer.from_pretrained(path)
+        change(own)
+        own.save_pretrained(path)
+    return edit
 
 
-def test_every_setting_has_a_help_text(capsys):
-    with pytest.raises(SystemExit) as done:
-        common.parse_args(kd_forward.Config, ["--help"])
-    text = capsys.readouterr().out
-    assert done.value.code == 0 and "optimizer steps; 0 only evaluates" in text
-    fields, n = dataclasses.fields(kd_forward.Config), 0
-    for file in ("common.py", "kd_forward.py"):
-        source = re.split(r"class (?:Settings|Config\(common.Settings\)):", (ROOT / file).read_text())[1].split("\n\n\n")[0]
-        lines = [line for line in source.splitlines() if re.match(r"    \w+: ", line)]
-        assert lines and all("# " in line for line in lines)
-        n += len(lines)
-    assert n == len(fields)  # none is declared twice
+def values(file, **new):
+    """Change values in a JSON file of a model."""
+    return lambda path: (path / file).write_text(
+        json.dumps({**json.loads((path / file).read_text()), **new}))
 
 
-@pytest.mark.parametrize("settings, match", [
-    (dict(alpha=1.5), "--alpha 1.5: must lie between 0 and 1"),
-    (dict(tau=0.0), "--tau 0.0"),
-    (dict(eval_temperature=0.0), "--eval-temperature 0.0: must lie between 0.05 and 100"),
-    (dict(steps=-1), "--steps -1"),
-    (dict(responses="both"), "choose one of data, teacher"),
-    (dict(batch_size=8, accum=3), "multiple of --accum 3"),
-    (dict(dtype="int8"), "choose one of auto, float32, bfloat16"),
-    (dict(device="cuda:7"), "--device cuda:7: not usable on this machine"),
-    (dict(device="gpu"), "--device gpu"),
-    (dict(student="no/such/model"), "--student no/such/model"),
-    (dict(teacher="no/such/model"), "--teacher no/such/model"),
-    (dict(data="absent.jsonl"), "--data absent.jsonl: no such file"),
-    (dict(data="absent_set"), "absent_set: neither a file"),
-    (dict(teacher="tiny"), "--teacher tiny knows the words of the tiny world only"),
-    (dict(max_prompt=60, max_response=60), "context of 64 tokens"),
-    (dict(template="no place for it"), "exactly once"),
-    (dict(template="{prompt} and {prompt}"), "exactly once"),
-    (dict(max_prompt=1, template="Sort these: {prompt}"), "the template alone takes"),
-    (dict(prompt_field="question"), r"rows\.jsonl:1: no field 'question' \(there: prompt, response\): name it with --prompt-field"),
-    (dict(resume=True), "there is no run in"),
-])
-def test_bad_settings(config, settings, match):
-    cfg = config(**settings)
-    refused(match, kd_forward.train, cfg)
-    assert not Path(cfg.out).exists()
+def remove(pattern, **new):
+    """Remove files, and write others."""
+    def edit(path):
+        for file in path.glob(pattern):
+            file.unlink()
+        for name, text in new.items():
+            (path / name.replace("__", ".")).write_text(text)
+    return edit
 
 
-def test_the_curve_is_measured_on_200_rows_at_most_and_the_table_on_all_that_were_asked_for(config, tmp_path):
-    """Spread over their file, which may be sorted by its sources."""
-    for split, n in (("train", 10), ("valid", 210), ("test", 210)):
-        rows = [json.dumps({"prompt": f"the cat {split} {i}", "response": "cat the"}) for i in range(n)]
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
-    cfg = config("llama", data=str(tmp_path), eval_rows=205)
-    data = common.load_data(cfg, *common.load_pair(cfg, torch.device("cpu")))
-    assert (len(data.train), len(data.valid), len(data.test)) == (10, 200, 205)
-    data = common.load_data(config("llama", data=str(tmp_path), eval_rows=20), *common.load_pair(cfg, torch.device("cpu")))
-    for part in (data.valid, data.test):
-        assert [int(e.row["prompt"].split()[-1]) for e in part] == [11 * i for i in range(20)]
+def chat(template):
+    def change(own):
+        own.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        own.chat_template = template
+    return tokenizer(change)
 
 
-def test_a_teacher_that_reads_less_than_the_student_is_told_by_name(pair):
-    """Its answers would be scored beyond the positions that it was trained on."""
-    reads = lambda tokens: SimpleNamespace(config=LlamaConfig(max_position_embeddings=tokens))
-    tokenizer = common.load_tokenizer(pair("llama")[1], "student")
-    encoder = lambda student, teacher: common.row_encoder(kd_forward.Config(max_prompt=30, max_response=30), reads(student), reads(teacher), tokenizer)
-    encoder(64, 60)
-    refused("the teacher's context of 59 tokens: lower them", encoder, 64, 59)
-    refused("the student's context of 59 tokens: lower them", encoder, 59, 64)
-    bart = lambda tokens: SimpleNamespace(config=BartConfig(max_position_embeddings=tokens))  # prompt and response apart
-    encoder = lambda tokens: common.row_encoder(kd_forward.Config(max_prompt=30, max_response=20), bart(tokens), None, tokenizer)
-    encoder(30)
-    refused("the student's context of 29 tokens: lower them", encoder, 29)
+def swap_tokens(path):
+    text = (path / "tokenizer.json").read_text()
+    text = re.sub('"Ġ(cat|dog)":', lambda m: '"Ġdog":' if m[1] == "cat" else '"Ġcat":', text)
+    (path / "tokenizer.json").write_text(text)
 
 
-GOOD = b'{"prompt": "the cat", "response": "cat the"}\n'
+@pytest.fixture
+def edited(pair, tmp_path):
+    """edited(role, edit, ..., kind="llama") -> a copy of that model with the edits."""
+    def make(role, *edits, kind="llama", name="edited"):
+        path = tmp_path / f"{name}-{role}"
+        shutil.copytree(pair(kind)[role == "student"], path)
+        for edit in edits:
+            edit(path)
+        return path
+    return make
 
 
-@pytest.mark.parametrize("content, match", [
-    (b"", "there are no rows in it"),
-    (b"\n \n", "there are no rows in it"),
-    (GOOD + b"[1, 2]\n", r":2: a list, not an object"),
-    (GOOD + b"{bad json}\n", r":2: Expecting property name"),
-    (GOOD + b'{"prompt": "x"}\n', r":2: no field 'response'"),
-    (GOOD + b'{"prompt": 3, "response": "x"}\n', r":2: field 'prompt' is a int"),
-    (GOOD + b'{"prompt": null, "response": "x"}\n', r":2: field 'prompt' is a NoneType"),
-    (GOOD + b'{"prompt": "x", "response": ["y"]}\n', r":2: field 'response' is a list"),
-    (GOOD + b'{"prompt": "x", "response": "\\ud800"}\n', r":2: field 'response' holds half a surrogate"),
-    (GOOD + b'{"prompt": "x", "response": "y", "references": [3]}\n', r":2: field 'references' is a int"),
-    (GOOD + b'{"prompt": "x", "response": "y", "references": {"a": "b"}}\n', r":2: field 'references' is a dict"),
-    (GOOD + b'{"prompt": "x", "response": "y", "probs": [1]}\n', r":2: field 'probs' is not a list with a number for each"),
-    (GOOD + b'{"prompt": "x", "response": "y", "references": ["a"], "probs": [0.5, 0.5]}\n', r":2: field 'probs' is not"),
-    (GOOD + b'{"prompt": "x", "response": "y", "references": ["a"], "probs": 1}\n', r":2: field 'probs' is not"),
-    (GOOD + b'{"prompt": "x", "response": "y", "references": [], "probs": []}\n', r":2: field 'probs' is not"),
-    (GOOD + b'{"prompt": "\xff", "response": "x"}\n', r":2: not valid UTF-8"),
-    (GOOD + b"[" * 100_000 + b"\n", r":2: "),
-    (GOOD * 3, "none is left for"),
-])
-def test_bad_data_names_file_and_line(config, tmp_path, content, match):
-    (tmp_path / "bad.jsonl").write_bytes(content)
-    cfg = config(data=str(tmp_path / "bad.jsonl"))
-    said = refused(match, kd_forward.train, cfg)
-    assert "bad.jsonl" in said and not Path(cfg.out).exists()
+@pytest.fixture
+def load(pair):
+    """load(data, teacher=, student=, ...) -> (data, student, teacher), as a script loads them."""
+    def make(data, teacher=None, student=None, kind="llama", **settings):
+        models = teacher or pair(kind)[0], student or pair(kind)[1]
+        cfg = small_run(kd_forward.Config, models, data, "", **{"max_prompt": 64, **settings})
+        rows = common.load_rows(cfg)
+        models = common.load_pair(cfg, CPU)
+        return common.load_data(cfg, rows, *models), *models
+    return make
 
 
-def test_references_are_a_text_or_several_and_nothing_is_none():
-    row = lambda **more: common.prompt_and_response({"prompt": "x", "response": "y", **more}, "here", kd_forward.Config())
-    assert row(references=["a", "b"])["references"] == ["a", "b"] and row(references="a b")["references"] == ["a b"]
-    assert "references" not in row() | row(references=None) | row(references=[]) | row(references="")
+small_tokenizer = functools.cache(conftest.small_tokenizer)
 
 
-def test_known_answers_are_as_many_in_every_row(config, tmp_path):
-    """The share of each wording is asked for, so a row with two cannot stand beside one with three."""
-    rows = [{"prompt": f"the cat {i}", "response": "cat", "references": ["cat"] * n, "probs": [1 / n] * n}
-            for i in range(40) for n in [1 + i % 2]]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    refused("some have 1 and others 2: leave 'probs' out", kd_forward.train, config("llama", data=str(tmp_path / "rows.jsonl"), holdout=0.3))
+def ids(text):
+    """Token ids of a text, in which no special token is recognised."""
+    return small_tokenizer()(text, split_special_tokens=True).input_ids
 
 
-def test_csv_saved_datasets_and_split_directories(config, tmp_path, rows_file):
-    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
-    import csv
-    with open(tmp_path / "rows.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, ["prompt", "response"])
+def rows_of(n, **columns):
+    """n rows; {i} in their texts is the number of the row."""
+    return [json.loads(json.dumps(columns).replace("{i}", str(i))) for i in range(n)]
+
+
+def row_of(data, where):
+    """The example of a line."""
+    return next(e for e in data.train + data.valid + data.test if e.row["where"].endswith(where))
+
+
+# --- Bad input: exit status 2 and one sentence --------------------------------------------------
+# name: (command line, words of the sentence, files {name: content}, edits {role: edit}, script)
+def bad(line, *words, script="kd_forward", files=None, **edits):
+    return line, words, files or {}, edits, script
+
+
+def lines(text, name="d.jsonl", *words, template=""):
+    """A bad row behind a good one."""
+    content = ROW.encode() + (text if isinstance(text, bytes) else text.encode()) + b"\n"
+    return bad(f"--data {name} {template}", name, "line 2", *words, files={name: content})
+
+
+prefixed = lambda prefix: weights(lambda w: {prefix + k: v for k, v in w.items()})
+without = lambda part: weights(lambda w: {k: v for k, v in w.items() if part not in k})
+MANY = "".join(json.dumps(r) + "\n" for r in rows_of(60, prompt="cat {i}", response="dog"))
+CHATS = "".join(json.dumps({"messages": [{"role": "user", "content": f"cat {i}"},
+                                         {"role": "assistant", "content": "dog"}]}) + "\n"
+                for i in range(60))
+TURN = '{"messages": [{"role": "user", "content": %s}]}'
+BAD = {
+    # the command line
+    "unknown setting": bad("--alpah 1", "--alpah"),
+    "not a number": bad("--steps 1e3", "--steps", "1e3"),
+    "no choice": bad("--responses both", "--responses", "'data', 'teacher'"),
+    "alpha": bad("--alpha 1.5", "--alpha 1.5", "between 0 and 1"),
+    "tau": bad("--tau 0", "--tau 0"),
+    "steps": bad("--steps=-1", "--steps -1"),
+    "lr is no number": bad("--lr nan", "--lr nan"),
+    "holdout": bad("--holdout 0.9", "--holdout 0.9", "0.4"),
+    "micro-batches": bad("--accum 3", "--batch-size 8", "--accum 3"),
+    "device": bad("--device cuda:77", "--device cuda:77", "cannot be used"),
+    "no teacher": bad("--teacher none", "--teacher none"),
+    "no teacher for llmr": bad("--teacher none", "--teacher none", script="llmr"),
+    "corpus is missing": bad("--lm-coef 0.5", "--corpus", script="dpkd"),
+    "nothing to train on": bad("--preference 0", "--preference", "--anchor", script="dpkd"),
+    "setting without effect": bad("--template x", "--template", script="ddk"),
+    "mixture": bad("--mix big=1", "--mix big=1", "big, mid, small", script="ddk"),
+    "one domain": bad("--data d", "--data d", "two or more domains", script="ddk",
+                      files={"d/a.txt": "the cat"}),
+    "domain without text": bad("--domains a=a.jsonl,b=a.jsonl", "text", script="ddk",
+                               files={"a.jsonl": ROW}),
+    "unknown task": bad("--task nope", "--task nope", "reviews", script="gold"),
+    "label of no class": bad("--data d.jsonl", "d.jsonl, line 1", "'odd'", "bad, good",
+                             script="gold", files={"d.jsonl": '{"text": "a", "label": "odd"}\n'}),
+    "column of a task": bad("--data d.jsonl", "d.jsonl, line 1", "no column label",
+                            script="gold", files={"d.jsonl": '{"text": "a"}\n'}),
+    # files of rows
+    "no file": bad("--data no.jsonl", "--data no.jsonl", "no such file"),
+    "no file, compressed": bad("--data no.jsonl.gz", "--data no.jsonl.gz", "no such file"),
+    "no folder": bad("--data no/such", "--data no/such", "no file", "no data set"),
+    "file before models": bad("--data no.jsonl --student nowhere", "--data no.jsonl"),
+    "columns before models": bad("--data d.jsonl --student nowhere", "no column prompt",
+                                 files={"d.jsonl": '{"text": "a"}\n'}),
+    "another form": bad("--data d.txt", "d.txt", ".jsonl, .csv, .tsv, .json, .parquet",
+                        files={"d.txt": "a"}),
+    "empty": bad("--data d.jsonl", "d.jsonl", "none is left", files={"d.jsonl": "\n"}),
+    "empty, to evaluate": bad("--data d.jsonl --steps 0", "d.jsonl", files={"d.jsonl": ""}),
+    "too few rows": bad("--data d.jsonl", "d.jsonl", "none is left", files={"d.jsonl": ROW}),
+    "two files of a split": bad("--data d", "--data d", "valid", files={
+        f"d/{name}.jsonl": ROW for name in ("train", "valid", "dev")}),
+    "no JSON": lines("{bad}"),
+    "no object": lines("[1]"),
+    "too deep": lines("[" * 100_000),
+    "no UTF-8": lines(b'{"prompt": "\xff", "response": "x"}'),
+    "half a surrogate": lines('{"prompt": "\\ud800", "response": "x"}', "d.jsonl", "prompt"),
+    "no prompt": lines('{"response": "x"}', "d.jsonl", "no column prompt", "--template"),
+    "prompt is a number": lines('{"prompt": 0.5, "response": "x"}', "d.jsonl", "prompt", "float"),
+    "response is a list": lines('{"prompt": "x", "response": ["y"]}', "d.jsonl", "response"),
+    "references are a number": lines('{"prompt": "x", "references": 3}', "d.jsonl", "references"),
+    "references are an object": lines('{"prompt": "x", "references": {"a": "b"}}'),
+    "probs do not fit": lines('{"prompt": "x", "references": ["a"], "probs": [0.5, 0.5]}'),
+    "probs are a number": lines('{"prompt": "x", "references": ["a"], "probs": 1}'),
+    "messages are a text": lines('{"messages": "hello"}', "d.jsonl", "role and content"),
+    "message without text": lines(TURN % "null", "d.jsonl", "role and content"),
+    "too few cells": bad("--data d.csv", "d.csv, line 3", "1 cells", "2",
+                         files={"d.csv": "prompt,response\na,b\na\n"}),
+    "too many cells": bad("--data d.tsv", "d.tsv, line 3", "3 cells", "2",
+                          files={"d.tsv": "prompt\tresponse\na\tb\na\tb\tc\n"}),
+    "open quote": bad("--data d.csv", "d.csv, line 2", files={"d.csv": 'prompt,response\na,"b\n'}),
+    "column twice": bad("--data d.csv", "d.csv, line 1", "one name",
+                        files={"d.csv": "prompt,prompt,response\na,b,c\n"}),
+    "array with a gap": bad("--data d.json", "d.json, row 2", "no column prompt",
+                            files={"d.json": f'[{ROW.strip()}, {{"response": "a"}}]'}),
+    "no array": bad("--data d.json", "d.json", files={"d.json": ROW}),
+    "no gzip": bad("--data d.jsonl.gz", "d.jsonl.gz", files={"d.jsonl.gz": "text"}),
+    "no parquet": bad("--data d.parquet", "d.parquet", files={"d.parquet": "text"}),
+    "no response": bad("--data d.jsonl", "no training row has a response", "--response",
+                       files={"d.jsonl": MANY.replace("response", "completion")}),
+    "other answers known": bad("--data d.jsonl", "probs", "equally many", files={
+        "d.jsonl": "".join(json.dumps({
+            "prompt": f"cat {i}", "response": "a", "references": ["cat"] * (1 + i % 2),
+            "probs": [0.5] * (1 + i % 2)}) + "\n" for i in range(60))}),
+    # templates
+    "unknown slot": bad("--template={question}", "no column question", "prompt, response"),
+    "unknown slot of the teacher": bad("--teacher-template={question}", "no column question"),
+    "no slot": bad("--template=Sort", "--template 'Sort'", "no column"),
+    "slot beside messages": bad("--data d.jsonl --template={question}", "no column question",
+                                files={"d.jsonl": CHATS}, student=chat(CHATML)),
+    "template too long": bad("--max-prompt 3 --template=Sort_these:{prompt}", "--max-prompt 3",
+                             "template alone"),
+    "context of the student": bad("--max-prompt 250", "--max-prompt 250", "student", "256"),
+    "context of the teacher": bad("--max-prompt 250", "--max-prompt 250", "teacher", "256",
+                                  student=values("config.json", max_position_embeddings=999)),
+    "messages without a chat template": bad("--data d.jsonl", "messages", "chat template",
+                                            files={"d.jsonl": CHATS}),
+    "template with an error": bad("", "template", "edited-student", student=chat("{% for %}")),
+    "template wants a system turn": bad("", "template", "edited-student", "system first",
+                                         student=chat(
+        "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}")),
+    "template drops a message": bad("", "template", "edited-student", "drops",
+                                    student=chat("{{ messages[0].role }}")),
+    "several templates": bad("", "template", "edited-student", "no default",
+                             student=chat({"a": CHATML, "b": CHATML})),
+    # models
+    "no model": bad("--student no/such/model", "--student no/such/model", "no such directory"),
+    "no model in the data": bad("--student student-kl", "student-kl", "name a model"),
+    "model is a file": bad("--student rows.jsonl", "--student rows.jsonl", "no such directory",
+                           files={"rows.jsonl": ROW}),
+    "prefixed keys": bad("", "--student", "missing", "lm_head.weight", "module.lm_head.weight",
+                         student=prefixed("module.")),
+    "compiled keys": bad("", "--teacher", "missing", "_orig_mod.", teacher=prefixed("_orig_mod.")),
+    "one tensor is missing": bad("", "--student", "model.layers.1.mlp.up_proj.weight",
+                                 student=without("layers.1.mlp.up_proj")),
+    "head is missing": bad("", "--student", "lm_head.weight", student=without("lm_head")),
+    "another shape": bad("", "--student", "model.norm.weight", "(7,)", "(16,)", student=weights(
+        lambda w: {**w, "model.norm.weight": torch.ones(7)})),
+    "no weights": bad("", "--teacher", teacher=remove("*.safetensors")),
+    "weights of another form": bad("", "--student", student=remove(
+        "*.safetensors", tf_model__h5="x")),
+    "broken weights": bad("", "--student", student=remove("x", model__safetensors="x")),
+    "adapter": bad("", "--student", "adapter", student=remove(
+        "[cm]o*", adapter_config__json="{}")),
+    "adapter beside weights": bad("", "--teacher", "adapter", teacher=remove(
+        "x", adapter_config__json="{}")),
+    "no tokenizer": bad("", "--student", "no tokenizer", student=remove("token*")),
+    "code of its author": bad("", "--student", "remote code is never run here", student=values(
+        "config.json", model_type="own", auto_map={"AutoConfig": "own.C"})),
+    "no end of a response": bad("", "--student", "no end-of-sequence token", student=[
+        tokenizer(lambda t: setattr(t, "eos_token", None)), remove("generation*"),
+        values("config.json", eos_token_id=None)]),
+    "other tokens": bad("", "different tokenizers", "Ġcat", "Ġdog", student=swap_tokens),
+    "token beyond the embedding": bad("--data d.jsonl", "d.jsonl, line 1", "'zz8'", files={
+        "d.jsonl": MANY.replace("cat", "zz8")}, student=tokenizer(
+            lambda t: t.add_tokens([f"zz{i}" for i in range(9)])), teacher=tokenizer(
+            lambda t: t.add_tokens([f"zz{i}" for i in range(9)]))),
+    "chat teacher, base student": bad(
+        "", "<|endoftext|>", "<|im_end|>", "save the teacher's tokenizer into a copy",
+        teacher=[chat(CHATML), values("generation_config.json", eos_token_id=[0, 321])]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_with_one_sentence_and_status_2(name, edited, pair, any_root, tmp_path,
+                                                       monkeypatch, capsys):
+    line, words, content, edits, script = BAD[name]
+    for file, text in content.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    cfg = any_run(script, any_root, tmp_path / "out")
+    if script == "kd_forward":
+        cfg.teacher, cfg.student = map(str, pair("llama"))
+    for role, edit in edits.items():
+        path = edited(role, *(edit if isinstance(edit, list) else [edit]))
+        setattr(cfg, role, str(path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # what a library says
+    monkeypatch.setattr("sys.argv", ["x.py", *flags(cfg), *line.replace("_", " ").split()]
+                        if "Sort" not in line else ["x.py", *flags(cfg), *line.split()])
+    module = importlib.import_module(script)
+    assert common.main(module.train, module.Config) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]{1,500}\n", said), said
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "out").exists()
+
+
+# --- Forms of data ------------------------------------------------------------------------------
+# texts that readers like to guess a type for, to trim or to shift
+TEXTS = ["2024-01-05", "007", "null", "1e5", "true", " spaces ", 'a "quoted", text', "two\nlines",
+         "tab\there", "naïve 東京 🙂", "NaN", "\\n", "{prompt}", "a;b", "'", "-"]
+TEXT_ROWS = [{"prompt": f"{text} {i}", "response": text} for i in range(5) for text in TEXTS]
+
+
+def write_csv(path, delimiter=","):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["prompt", "response"], delimiter=delimiter)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(TEXT_ROWS)
+
+
+def zipped(path):
+    path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+
+
+def dataset():
     import datasets
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows[:60]), "validation": datasets.Dataset.from_list(rows[60:70]),
-                          "test": datasets.Dataset.from_list(rows[70:])}).save_to_disk(tmp_path / "saved")
-    (tmp_path / "dir").mkdir()
-    (tmp_path / "dir/train.jsonl").write_text(rows_file.read_text())
-    (tmp_path / "dir/test.jsonl").write_text(rows_file.read_text())
-    wanted = common.load_rows(config())
-    assert common.load_rows(config(data=str(tmp_path / "rows.csv"))) == wanted
-    saved = common.load_rows(config(data=str(tmp_path / "saved")))
-    assert [len(saved[s]) for s in ("train", "valid", "test")] == [60, 10, 10]
-    assert len(common.load_rows(config(data=str(tmp_path / "dir")))["test"]) == 80
-    (tmp_path / "bad.csv").write_text("prompt,answer\na,b\n")
-    refused(r"bad.csv:2: no field 'response' \(there: prompt, answer\)", common.load_rows, config(data=str(tmp_path / "bad.csv")))
-    prompts = [{r["prompt"] for r in wanted[s]} for s in ("train", "valid", "test")]
-    assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
+    return datasets.Dataset.from_list(TEXT_ROWS)
 
 
-def test_a_prompt_that_comes_twice_is_in_one_split(config, tmp_path):
-    rows = [{"prompt": f"cat {i % 60}", "response": f"dog {i}"} for i in range(180)]
-    (tmp_path / "twice.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    parts = common.load_rows(config(data=str(tmp_path / "twice.jsonl"))).values()
-    assert sum(len({r["prompt"] for r in part}) for part in parts) == 60 and sum(map(len, parts)) == 180
+FORMS = {
+    "d.jsonl": lambda p: write_rows(p, TEXT_ROWS),
+    "d.jsonl.gz": lambda p: zipped(write_rows(p.with_suffix(""), TEXT_ROWS)),
+    "d.json": lambda p: p.write_text(json.dumps(TEXT_ROWS, indent=1), encoding="utf-8"),
+    "d.csv": write_csv,
+    "d.csv.gz": lambda p: [write_csv(p.with_suffix("")), zipped(p.with_suffix(""))],
+    "d.tsv": lambda p: write_csv(p, "\t"),
+    "d.parquet": lambda p: dataset().to_parquet(p),
+    "saved": lambda p: dataset().save_to_disk(p),
+    "folder": lambda p: write_rows(p / "train.jsonl", TEXT_ROWS),
+}
 
 
-def test_responses_end_with_eos_unless_they_were_cut(config, tmp_path):
-    """The token EOS is put behind a response, never read out of its text; a cut response has none."""
-    texts = ["the cat", "the dog sat on the mat and then it ran under the tree", "a <|endoftext|> b"]
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "response": texts[i % 3]}) + "\n" for i in range(90)))
-    cfg = config(data=str(tmp_path / "r.jsonl"), max_response=12)
-    student, _, tokenizer = common.load_pair(cfg, torch.device("cpu"))
-    for e in common.load_data(cfg, student, None, tokenizer).train:
-        whole = tokenizer(e.row["response"], split_special_tokens=True).input_ids
-        assert e.response == whole[:12] + [tokenizer.eos_token_id] * (len(whole) < 12) and tokenizer.eos_token_id not in whole
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_data_gives_the_same_texts_in_the_same_splits(form, tmp_path):
+    FORMS[form](tmp_path / form)
+    splits = common.load_rows(kd_forward.Config(data=str(tmp_path / form), holdout=0.2))
+    assert all(splits.values())
+    found = {s: [(r["prompt"], r["response"]) for r in rows] for s, rows in splits.items()}
+    write_rows(tmp_path / "plain.jsonl", TEXT_ROWS)
+    plain = common.load_rows(kd_forward.Config(data=str(tmp_path / "plain.jsonl"), holdout=0.2))
+    assert found == {s: [(r["prompt"], r["response"]) for r in rows] for s, rows in plain.items()}
+    assert sorted(sum(found.values(), [])) == sorted((r["prompt"], r["response"])
+                                                     for r in TEXT_ROWS)
 
 
-def test_a_prompt_or_response_that_just_fits_is_not_counted_as_cut(config):
-    student, _, tokenizer = common.load_pair(config(teacher="none"), torch.device("cpu"))
-    row = {"prompt": "the cat", "response": "the dog sat"}
-    n = len(tokenizer(row["response"]).input_ids) + 1  # with EOS
-    for longest, cut in ((n, 0), (n - 1, 1)):
-        encode = common.row_encoder(config(max_response=longest), student, None, tokenizer)
-        assert len(encode(row).response) == longest and encode.cut == cut
-    n = len(encode(row).prompt)
-    for longest, cut in ((n, 0), (n - 1, 1)):
-        encode = common.row_encoder(config(max_prompt=longest), student, None, tokenizer)
-        assert len(encode(row).prompt) == longest and encode.cut_prompts == cut
-
-
-def test_responses_empty_cut_or_absent(config, tmp_path, capsys):
-    words = "the cat sat on the mat " * 9
-    rows = [{"prompt": f"{i} cats", "response": ["ok then", "", words, None][i % 4]} for i in range(120)]
-    (tmp_path / "some.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    kd_forward.train(config(data=str(tmp_path / "some.jsonl"), steps=1))
-    said = capsys.readouterr().out
-    found = [int(x) for x in re.search(r"cut to fit: (\d+) prompts, (\d+) responses; (\d+) empty", said).groups()]
-    assert found[0] == 0 and 15 < found[1] <= 30 and 15 < found[2] <= 30
-    for value in ("", None):
-        for r in rows:
-            r["response"] = value
-        (tmp_path / "none.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        refused("nothing to train on", kd_forward.train, config(data=str(tmp_path / "none.jsonl"), out=str(tmp_path / "o")))
-
-
-def test_models_without_tokenizer_weights_or_common_vocabulary(config, pair, tmp_path):
-    shutil.copytree(pair("gpt2")[1], tmp_path / "bare")
-    for f in (tmp_path / "bare").glob("token*"):
-        f.unlink()
-    refused("no tokenizer there", kd_forward.train, config(student=str(tmp_path / "bare")))
-    shutil.copytree(pair("gpt2")[0], tmp_path / "empty")
-    (tmp_path / "empty/model.safetensors").unlink()
-    refused("no weights", kd_forward.train, config(teacher=str(tmp_path / "empty")))
-    (tmp_path / "empty/model.safetensors").write_bytes(b"not safetensors")
-    refused("weights cannot be loaded", kd_forward.train, config(teacher=str(tmp_path / "empty")))
-    refused("different tokenizers", kd_forward.train, config(teacher=str(pair("t5")[0])))
-    shutil.copytree(pair("gpt2")[1], tmp_path / "base")
-    tokenizer = common.load_tokenizer(tmp_path / "base", "student")
-    tokenizer.eos_token = "!"
-    tokenizer.save_pretrained(tmp_path / "base")
-    refused(r"end a response with different tokens, <\|endoftext\|> and !", kd_forward.train, config(student=str(tmp_path / "base")))
-
-
-def test_an_encoder_decoder_that_begins_responses_with_a_token_of_its_own_is_refused(config, pair, tmp_path):
-    """BART's targets begin with BOS, T5's do not."""
-    teacher, student = pair("t5")
-    shutil.copytree(student, tmp_path / "bart")
-    tokenizer = common.load_tokenizer(student, "student")
-    tokenizer.bos_token = "<pad>"
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A </s>", special_tokens=[("<pad>", 0), ("</s>", 1)])
-    tokenizer.save_pretrained(tmp_path / "bart")
-    refused("begins every response with <pad>", kd_forward.train, config(student=str(tmp_path / "bart"), teacher=str(teacher)))
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-def test_a_pickle_in_a_models_place_is_not_run(config, pair, tmp_path, zipped):
-    """transformers loads an honest pytorch_model.bin as plain tensors (weights_only); one with code in it is refused."""
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "owned"),)
-    model = shutil.copytree(pair("gpt2")[1], tmp_path / "model")
-    state = common.load_model(model, torch.device("cpu")).state_dict()
-    (model / "model.safetensors").unlink()
-    torch.save(state, model / "pytorch_model.bin")
-    assert torch.equal(common.load_model(model, torch.device("cpu")).state_dict()["lm_head.weight"], state["lm_head.weight"])
-    if zipped:
-        torch.save({"lm_head.weight": Evil()}, model / "pytorch_model.bin")
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("names", [
+    ("train", "valid", "test"), ("train", "validation", "test"), ("train", "dev", "test"),
+    ("train_sft", "val", "test_sft"), ("train_sft", "test_sft")])
+def test_splits_are_found_under_their_usual_names(names, saved, tmp_path):
+    parts = {name: rows_of(40, prompt=name + " {i}", response="a") for name in names}
+    if saved:
+        import datasets
+        datasets.disable_progress_bars()
+        sets = {k: datasets.Dataset.from_list(v) for k, v in parts.items()}
+        datasets.DatasetDict(sets).save_to_disk(tmp_path)
     else:
-        (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(), protocol=2))
-    refused("weights cannot be loaded", kd_forward.train, config(student=str(model)))
-    cfg = config(steps=2, out=str(tmp_path / "run"))
+        for name, rows in parts.items():
+            write_rows(tmp_path / f"{name}.jsonl", rows)
+    splits = common.load_rows(kd_forward.Config(data=str(tmp_path), holdout=0.1))
+    found = {k: {r["prompt"].split()[0] for r in rows} for k, rows in splits.items()}
+    valid = names[1] if len(names) == 3 else names[0]  # held out of the training rows
+    assert found == {"train": {names[0]}, "valid": {valid}, "test": {names[-1]}}
+    assert len(splits["train"]) == 40 - (len(names) == 2) * len(splits["valid"])
+
+
+@pytest.mark.parametrize("n, prompts", [(180, 60), (4, 3)])
+def test_no_prompt_is_in_two_splits_and_the_seed_does_not_change_them(n, prompts, tmp_path):
+    write_rows(tmp_path / "d.jsonl", [{"prompt": f"cat {i % prompts}", "response": f"{i}"}
+                                      for i in range(n)])
+    of = lambda seed: common.load_rows(kd_forward.Config(data=str(tmp_path / "d.jsonl"), seed=seed))
+    parts = [[r["prompt"] for r in part] for part in of(0).values()]
+    assert sum(map(len, parts)) == n and sum(len(set(part)) for part in parts) == prompts
+    assert of(0) == of(7)
+
+
+def test_validation_takes_200_rows_and_test_as_many_as_asked_for_evenly_spread(tmp_path):
+    for split, n in (("train", 10), ("valid", 401), ("test", 401)):
+        write_rows(tmp_path / f"{split}.jsonl", rows_of(n, prompt="{i}", response="a"))
+    splits = common.load_rows(kd_forward.Config(data=str(tmp_path), eval_rows=201))
+    assert [len(splits[s]) for s in ("train", "valid", "test")] == [10, 200, 201]
+    assert [int(r["prompt"]) for r in splits["test"]] == list(range(0, 401, 2))
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d/test.jsonl"])
+def test_steps_0_scores_all_rows_of_a_single_split_once(name, pair, tmp_path, monkeypatch, capsys):
+    write_rows(tmp_path / name, rows_of(21, prompt="the {i}", response="cat"))
+    seen, call = [], common.Evaluator.__call__
+    monkeypatch.setattr(common.Evaluator, "__call__", lambda self, model: seen.append(
+        [e.row["prompt"] for e in self.examples]) or call(self, model))
+    cfg = small_run(kd_forward.Config, pair("llama"), tmp_path / name.split("/")[0],
+                    tmp_path / "out", steps=0, eval_rows=3)
+    result = kd_forward.train(cfg)
+    assert seen == [[f"the {i}" for i in range(21)]] * 2  # the student's and the teacher's
+    written = [json.loads(x) for x in open(tmp_path / "out/generations.jsonl")]
+    assert [g["prompt"] for g in written] == seen[0] and written[0]["references"] == ["cat"]
+    assert result["before.ce"] == result["after.ce"] and "21 test rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["llmr", "dpkd", "kd_forward"])
+def test_prompts_alone_are_enough_where_the_models_respond(script, any_root, tmp_path, capsys):
+    write_rows(tmp_path / "d.jsonl", rows_of(60, prompt="the {i}"))
+    module = importlib.import_module(script)
+    result = module.train(any_run(script, any_root, tmp_path / "out", responses="teacher", steps=1,
+                                  data=str(tmp_path / "d.jsonl")))
+    assert result["after.kl_pq"] > 0 and "after.ce" not in result
+    assert "0 with a response" in capsys.readouterr().out
+
+
+# --- From rows to token ids ---------------------------------------------------------------------
+def test_a_plain_row_is_the_prompt_a_line_break_and_the_response_with_eos(load, tmp_path):
+    """Also where a text holds the text of EOS. A null response is none."""
+    texts = ["cat the", "a <|endoftext|> b", None, ""]
+    rows = [{"prompt": f"the {i} <|endoftext|>", "response": texts[i % 4]} for i in range(60)]
+    data, *_ = load(write_rows(tmp_path / "d.jsonl", rows), max_response=64)
+    for i in range(4):
+        e = row_of(data, f"line {i + 1}")
+        assert e.prompt == e.teacher_prompt == ids(f"the {i} <|endoftext|>") + ids("\n")
+        assert e.response == (ids(texts[i]) + [0] if texts[i] else []) and 0 not in e.prompt
+
+
+def test_a_t5_ends_its_prompts_with_eos_and_reads_no_line_break(load, tmp_path):
+    path = write_rows(tmp_path / "d.jsonl", rows_of(60, prompt="a {i}", response="b"))
+    data, student, _ = load(path, kind="t5")
+    plain = lambda text: student.tokenizer(text, add_special_tokens=False).input_ids
+    e = row_of(data, "line 5")
+    assert (e.prompt, e.response) == (plain("a 4") + [1], plain("b") + [1])
+
+
+def test_a_bos_of_the_tokenizer_stands_before_the_prompt_and_nowhere_else(load, edited, tmp_path):
+    def bos(tokenizer):
+        tokenizer.bos_token = "!"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="! $A", special_tokens=[("!", ids("!")[0])])
+    data, *_ = load(write_rows(tmp_path / "d.jsonl", rows_of(60, prompt="a {i}", response="b")),
+                    student=edited("student", tokenizer(bos)))
+    e = row_of(data, "line 1")
+    assert (e.prompt, e.response) == (ids("!") + ids("a 0") + ids("\n"), ids("b") + [0])
+
+
+def test_a_template_names_columns_and_the_teacher_may_read_others(load, tmp_path, capsys):
+    """A whole number is text, null is nothing, and \\n is a line break."""
+    rows = rows_of(60, question="cat {i}", age=7, note=None, hint="dog", answer="ran", rest="")
+    data, *_ = load(write_rows(tmp_path / "d.jsonl", rows), response="answer",
+                    template="Q {age}: {question}{note}\\nA:", teacher_template="{hint} {question}")
+    e = row_of(data, "line 3")
+    assert e.prompt == ids("Q ") + ids("7") + ids(": ") + ids("cat 2") + ids("\nA:")
+    assert e.teacher_prompt == ids("dog") + ids(" ") + ids("cat 2")
+    assert e.row["prompt"] == "Q 7: cat 2\nA:" and e.response == ids("ran") + [0]
+    assert "columns that nothing reads: rest (" in capsys.readouterr().out
+
+
+def test_special_tokens_are_read_in_a_template_and_are_text_in_a_row(load, edited, tmp_path,
+                                                                     capsys):
+    student = edited("student", chat(None))
+    teacher = edited("teacher", chat(None))
+    path = write_rows(tmp_path / "d.jsonl", [
+        {"prompt": "a <|im_end|>" if i == 0 else f"a {i}", "response": "b"} for i in range(60)])
+    data, student, _ = load(path, teacher, student, template="<|im_start|>{prompt}<|im_end|>")
+    start, end = student.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert row_of(data, "line 1").prompt == [start, *ids("a <|im_end|>"), end]
+    said = capsys.readouterr().out
+    assert re.search("^1 prompts contain the text of a special token", said, re.M)
+
+
+def test_too_long_a_prompt_loses_its_beginning_and_a_response_its_end(load, tmp_path, capsys):
+    rows = [{"prompt": "the cat " * 9, "response": "dog sat " * 9}] + rows_of(
+        60, prompt="the {i}", response="dog")
+    data, *_ = load(write_rows(tmp_path / "d.jsonl", rows), max_prompt=10, max_response=6,
+                    template="now: {prompt}\\n")
+    e, words = row_of(data, "line 1"), ids("now: ")
+    assert e.prompt == words + ids("the cat " * 9)[len(words) + 1 - 10:] + ids("\n")
+    assert e.response == ids("dog sat " * 9)[:6]
+    assert "cut to fit: 1 prompts, 1 responses" in capsys.readouterr().out
+
+
+CHAT = [{"role": "system", "content": "sad"}, {"role": "user", "content": "cat {i}"},
+        {"role": "assistant", "content": "ran"}, {"role": "user", "content": "<|im_end|> dog"},
+        {"role": "assistant", "content": "sat"}]
+NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
+MESSAGES = {  # forms of one conversation
+    "messages": {"messages": CHAT},
+    "ShareGPT": {"conversations": [{"from": NAMES[m["role"]], "value": m["content"]}
+                                   for m in CHAT]},
+    "TRL": {"prompt": CHAT[:-1], "completion": CHAT[-1:]},
+    "a list and a text": {"prompt": CHAT[:-1], "response": "sat"},
+}
+
+
+@pytest.mark.parametrize("form", MESSAGES)
+def test_messages_go_through_the_chat_template_and_the_last_answer_is_the_response(
+        form, load, edited, tmp_path, capsys):
+    models = edited("teacher", chat(CHATML)), edited("student", chat(CHATML))
+    path = write_rows(tmp_path / "d.jsonl", rows_of(60, **MESSAGES[form]))
+    data, student, _ = load(path, *models)
+    start, end = student.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    turn = lambda role, text: [start, *ids(f"{role}\n"), *ids(text), end, *ids("\n")]
+    e = row_of(data, "line 2")
+    assert e.prompt == [*turn("system", "sad"), *turn("user", "cat 1"), *turn("assistant", "ran"),
+                        *turn("user", "<|im_end|> dog"), start, *ids("assistant\n")]
+    assert e.response == ids("sat") + [0]
+    assert "nothing reads" not in capsys.readouterr().out
+
+
+def test_different_chat_templates_are_said_and_auto_means_the_teachers_own(
+        load, edited, rows_file, capsys):
+    own = "{% for m in messages %}<|im_start|>{{ m['content'] }}!{% endfor %}"
+    models = edited("teacher", chat(own)), edited("student", chat(CHATML))
+    data, student, _ = load(rows_file, *models)
+    assert "different chat templates" in capsys.readouterr().out
+    e = data.train[0]
+    assert e.teacher_prompt == e.prompt
+    start = student.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    data, *_ = load(rows_file, *models, teacher_template="auto")
+    e = data.train[0]
+    assert e.teacher_prompt == [start, *ids(e.row["prompt"]), *ids("!")] != e.prompt
+    assert "different chat templates" not in capsys.readouterr().out
+
+
+def test_a_template_that_writes_the_date_gives_the_same_prompt_every_day(load, edited, rows_file):
+    """Of several templates the one named default is read."""
+    dated = "{{ date_string }}; {{ strftime_now('%d %b %Y') }}{{ messages[0]['content'] }}"
+    several = chat({"default": dated, "tools": CHATML})
+    data, *_ = load(rows_file, edited("teacher", chat(dated)), edited("student", several))
+    e = data.train[0]
+    assert e.prompt == ids("26 Jul 2024; 26 Jul 2024") + ids(e.row["prompt"])
+
+
+def test_texts_are_tokenized_in_batches(load, rows_file, monkeypatch):
+    calls, call = [], PreTrainedTokenizerFast.__call__
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__",
+                        lambda self, *a, **k: calls.append(a) or call(self, *a, **k))
+    load(rows_file)
+    assert len(calls) < 40  # of 80 rows, with a prompt and a response each
+
+
+# --- The end of a response, tokens, weights -----------------------------------------------------
+@pytest.mark.parametrize("template, listed, end", [
+    (None, 0, "<|endoftext|>"), (None, 5, "%"),     # one id that differs from the tokenizer's
+    (None, [0, 5], "<|endoftext|>"), (None, 50256, "<|endoftext|>"),  # the tokenizer has no such id
+    (CHATML, [0, 321], "<|im_end|>"), (CHATML, 321, "<|im_end|>"),
+    (CHATML, [0, 5], "<|endoftext|>"), (CHATML, None, "<|endoftext|>")])
+def test_a_response_ends_with_what_the_generation_config_and_the_chat_template_say(
+        template, listed, end, edited):
+    path = edited("student", chat(template), values("generation_config.json", eos_token_id=listed))
+    model = common.load_model(str(path), "student", CPU)
+    assert model.tokenizer.eos_token == end
+
+
+def test_an_added_pad_token_that_no_row_uses_passes(load, edited, rows_file):
+    added = edited("student", tokenizer(lambda t: t.add_special_tokens({"pad_token": "[PAD]"})))
+    assert load(rows_file, student=added)[0].train
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "t5"])
+def test_a_tied_head_may_stand_in_the_file_or_not(kind, edited):
+    name = "shared.weight" if kind == "t5" else None
+    def both(found):
+        embedding = next(v for k, v in found.items() if k == name or "wte" in k or "embed_tok" in k)
+        return {**found, "lm_head.weight": embedding.clone()}
+    without_head = edited("student", without("lm_head"), kind=kind, name="without")
+    with_head = edited("student", weights(both), kind=kind, name="with")
+    a, b = (common.load_model(str(x), "student", CPU) for x in (without_head, with_head))
+    assert torch.equal(a.get_output_embeddings().weight, b.get_output_embeddings().weight)
+
+
+def test_weights_that_are_not_used_are_said_in_a_line(edited, capsys):
+    path = edited("student", weights(lambda w: {**w, "value_head.weight": torch.ones(3)}))
+    common.load_model(str(path), "student", CPU)
+    assert "1 others are not used, such as value_head.weight" in capsys.readouterr().out
+
+
+def test_a_student_without_weights_starts_at_random_by_its_seed(edited, capsys):
+    path = str(edited("student", remove("*.safetensors")))
+    a, b, c = (common.load_model(path, "student", CPU, seed=s).lm_head.weight for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert "holds no weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind, changes, words", [
+    ("falcon", {}, ""), ("gpt_neox", {}, ""), ("mistral", {"sliding_window": 3}, ""),
+    ("rwkv", {"attention_hidden_size": 16}, "no cache of keys and values"),
+    ("xlnet", {}, "no cache of keys and values"),
+    ("mamba", {"state_size": 4}, "no cache of keys and values"),
+    ("gemma2", {"head_dim": 8}, "final_logit_softcapping"), ("cohere", {}, "logit_scale")])
+def test_families_work_or_are_refused_with_their_reason(kind, changes, words):
+    if kind == "xlnet":  # it has no max_position_embeddings
+        config = XLNetConfig(vocab_size=40, d_model=16, n_layer=1, n_head=2, d_inner=32)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    else:
+        model = small_model(kind, 16, 40, **changes)
+    model.tokenizer, model.vocab = small_tokenizer(), 40
+    if not words:
+        return common.check_model(model, "--student x")
+    with pytest.raises(common.BadInput, match=words) as caught:
+        common.check_model(model, "--student x")
+    assert str(caught.value).startswith("--student x")
+
+
+def test_a_model_that_begins_responses_with_a_token_of_its_own_is_refused(load, edited, rows_file):
+    def bos(tokenizer):
+        tokenizer.bos_token = "<pad>"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<pad> $A </s>", special_tokens=[("<pad>", 0), ("</s>", 1)])
+    bart = edited("student", tokenizer(bos), kind="t5")
+    with pytest.raises(common.BadInput, match="as BART does"):
+        load(rows_file, student=bart, kind="t5")
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(pair, tmp_path, monkeypatch, rows_file):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path, name in zip(pair("llama"), ("teacher", "student")):
+        shutil.copytree(path, tmp_path / "own" / name)
+    shutil.copy(rows_file, tmp_path / "own/train.jsonl")
+    cfg = small_run(kd_forward.Config, ("teacher", "student"), "~/own", "~/run", steps=1)
     kd_forward.train(cfg)
-    Path(cfg.out, "result.json").unlink()
-    shutil.copy(model / "pytorch_model.bin", Path(cfg.out, "checkpoint.pt"))
-    refused("checkpoint.pt cannot be loaded", kd_forward.train, config(steps=2, out=cfg.out, resume=True))
-    assert not (tmp_path / "owned").exists() and [f.name for f in Path(cfg.out, "student").glob("*.bin")] == []
+    kd_forward.train(small_run(kd_forward.Config, ("~/run/student", "~/own/student"),
+                               "~/own/train.jsonl", "~/two", steps=0))
+    assert (tmp_path / "run/result.json").exists() and (tmp_path / "two/result.json").exists()
 
 
-def test_a_models_own_code_is_neither_run_nor_asked_about(config, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked on the terminal"))
-    model = shutil.copytree(pair("gpt2")[1], tmp_path / "model")
-    (model / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\nfrom transformers import GPT2Config as C, GPT2LMHeadModel as M")
-    text = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**text, "model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}))
-    refused("no model can be loaded", kd_forward.train, config(student=str(model)))
-    assert not (tmp_path / "owned").exists()
-
-
-def test_a_config_without_weights_starts_the_student_at_random(config, pair, tmp_path, capsys):
-    shutil.copytree(pair("gpt2")[1], tmp_path / "scratch")
-    (tmp_path / "scratch/model.safetensors").unlink()
-    results = [kd_forward.train(config(student=str(tmp_path / "scratch"), steps=2, out=str(tmp_path / f"o{i}"))) for i in range(2)]
-    assert "holds no weights" in capsys.readouterr().out and results[0]["after.kl_pq"] == results[1]["after.kl_pq"]
-
-
-def test_a_step_is_split_among_processes_and_micro_batches(config, monkeypatch):
-    common.check_settings(config(batch_size=8, accum=8))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    common.check_settings(config(batch_size=16, accum=8))
-    refused("a multiple of --accum 8 times 2 processes", common.check_settings, config(batch_size=8, accum=8))
-
-
-def test_directories_are_never_overwritten_by_accident(config, tmp_path, capsys):
-    cfg = config(steps=2)
-    first = kd_forward.train(cfg)
-    capsys.readouterr()
-    assert kd_forward.train(cfg) == first  # finished and the same settings: prints its result
-    assert "---\nmethod: kd_forward" in capsys.readouterr().out
-    refused("other settings .alpha was 1.0, is 0.5.", kd_forward.train, config(steps=2, alpha=0.5))
-    Path(cfg.out, "result.json").unlink()
-    refused("unfinished run: --resume", kd_forward.train, cfg)
-    for other in (dict(lr=0.5), dict(seed=1), dict(dtype="bfloat16")):  # auto was fp32 here: settings.json says so
-        refused("other settings", kd_forward.train, config(**{"steps": 2, "resume": True, **other}))
-    assert json.loads(Path(cfg.out, "settings.json").read_text())["dtype"] == "torch.float32"
-    assert kd_forward.train(config(steps=2, alpha=0.5, overwrite=True))["steps"] == 2
-    foreign = tmp_path / "mine"
-    foreign.mkdir()
-    (foreign / "thesis.tex").write_text("precious")
-    for overwrite in (False, True):
-        refused("holds no settings.json", kd_forward.train, config(out=str(foreign), overwrite=overwrite))
-    assert (foreign / "thesis.tex").read_text() == "precious"
-    refused("is a file", kd_forward.train, config(out=str(foreign / "thesis.tex")))
-
-
-def test_a_full_disk_leaves_the_previous_checkpoint(config, monkeypatch):
-    cfg, save, calls = config(steps=6), torch.save, []
-
-    def full(state, path):
-        calls.append(1)
-        if len(calls) == 2:
-            Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        save(state, path)
-    monkeypatch.setattr(torch, "save", full)
-    said = refused("cannot save .* at step 4 .*No space left", kd_forward.train, cfg)
-    assert "the previous one is untouched" in said
-    assert torch.load(f"{cfg.out}/checkpoint.pt", weights_only=True)["step"] == 2
-
-
-def test_a_checkpoint_is_replaced_in_one_piece(config, monkeypatch):
-    """By a rename, never by writing into the file that is there. tests/kill.py kills at every state of the directory."""
-    cfg, save, files = config(steps=4), common.Run.save, []
-
-    def watched(self, step, **parts):
-        save(self, step, **parts)
-        files.append((Path(cfg.out, "checkpoint.pt").stat().st_ino, Path(cfg.out, "checkpoint.tmp").exists()))
-    monkeypatch.setattr(common.Run, "save", watched)
-    kd_forward.train(cfg)
-    assert len(files) == 2 and files[0][0] != files[1][0] and not any(half for _, half in files)
-
-
-@pytest.mark.parametrize("name, content, match", [
-    ("checkpoint.pt", b"half", "checkpoint.pt cannot be loaded"), ("settings.json", b'{"script"', "settings.json is damaged"),
-    ("result.json", b"[1", "result.json is damaged"), ("log.jsonl", b'{"step": 0, "loss": 1.0}\n{"step": 1, "lo', None)])
-def test_a_damaged_run_is_told_and_half_a_line_of_the_log_is_dropped(config, monkeypatch, name, content, match):
-    cfg = config(steps=4)
-    kd_forward.train(cfg)
-    Path(cfg.out, "result.json").unlink()
-    Path(cfg.out, name).write_bytes(content)
-    cfg.resume = True
-    if match:
-        refused(match, kd_forward.train, cfg)
-        return
-    kd_forward.train(cfg)
-    assert [json.loads(x)["step"] for x in open(f"{cfg.out}/log.jsonl")] == [0, 4]
-
-
-@pytest.mark.skipif(os.name == "nt" or not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_really_full_device(config, monkeypatch):
-    cfg = config(steps=2)
-    save = torch.save
-    monkeypatch.setattr(torch, "save", lambda state, path: save(state, "/dev/full"))
-    refused("cannot save", kd_forward.train, cfg)
-
-
-def test_read_only_output(config, monkeypatch):
-    def no(*args, **kw):
-        raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(Path, "mkdir", lambda self, *a, **k: no() if self.name == "run" else os.makedirs(self, exist_ok=True))
-    refused("cannot write to .*Permission denied.*choose another --out", kd_forward.train, config())
-
-
-def test_a_machine_without_a_compiler_goes_on_eagerly(monkeypatch, capsys):
-    class NoCompiler(Exception):
-        __module__ = "torch._inductor.exc"
-
-    def compiled(function, **kw):
-        def call(*args):
-            raise NoCompiler
-        return call
-    monkeypatch.setattr(torch, "compile", compiled)
-    double = common.try_compile(lambda x: 2 * x)
-    assert double(3) == 6 and double(4) == 8
-    assert capsys.readouterr().out.count("going on without it") == 1
-    with pytest.raises(ZeroDivisionError):  # the user's own errors stay errors
-        monkeypatch.setattr(torch, "compile", lambda f, **kw: f)
-        common.try_compile(lambda x: x / 0)(1)
-
-
-def script(cfg, *more):
-    return [sys.executable, str(ROOT / "kd_forward.py"), *flags(cfg), *more]
-
-
-@pytest.mark.slow
-def test_exit_status_and_one_line_on_stderr(config, tmp_path):
-    done = subprocess.run(script(config(data="absent.jsonl")), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr == "error: --data absent.jsonl: no such file\n"
-    assert subprocess.run(script(config(steps=0)), capture_output=True, cwd=tmp_path).returncode == 0
-
-
-def lines_of(command, cwd, last):
-    """Start a script and read its output until a line holds `last`; a watchdog ends it after a minute."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    watchdog = threading.Timer(60, process.kill)
-    watchdog.start()
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if last in line:
-            break
-    return process, seen, watchdog
-
-
-@pytest.mark.slow
-def test_sigterm_saves_and_resume_goes_on(config, tmp_path):
-    cfg = config("llama", steps=3000, eval_every=100000, save_every=100000, log_every=10)
-    process, _, watchdog = lines_of(script(cfg), tmp_path, "step    20/")
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate()
-    watchdog.cancel()
-    assert process.returncode == 143
-    assert re.fullmatch(r"stopped by SIGTERM after step \d+, saved: --resume goes on\n", err)
-    step = torch.load(f"{cfg.out}/checkpoint.pt", weights_only=True)["step"]
-    assert 20 <= step < 3000
-    process, seen, watchdog = lines_of(script(cfg, "--resume"), tmp_path, "resumed")
-    process.kill()
-    process.communicate()
-    watchdog.cancel()
-    assert f"at step {step}" in seen[-1]
+def test_rouge_l_counts_words_of_any_script():
+    assert common.rouge_l("Привет, мир!", ["привет мир"]) == 1.0
+    assert common.rouge_l("東京 は 大きい", ["東京 は 小さい"]) == pytest.approx(2 / 3)
+    assert common.rouge_l("the cat sat", ["a dog", "cat the sat"]) == pytest.approx(2 / 3)
+    assert common.rouge_l("", ["a"]) == common.rouge_l("?", ["!"]) == 0.0

@@ -1,386 +1,461 @@
-"""Settings, runs and what is made of them: the command line, the learning rate, tiny worlds, runs side by side."""
-import builtins
+"""A run: its directory, its end, what a stop leaves behind, and several processes."""
 import dataclasses
 import importlib
 import json
-import math
-import re
+import os
+import shutil
+import signal
 import subprocess
 import sys
-from types import SimpleNamespace
+import threading
+import time
+from pathlib import Path
 
+import conftest
 import pytest
 import torch
-from conftest import ROOT, any_run
+from conftest import ROOT, flags
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
-import ddk
-import gold
 import kd_forward
 
-METHODS = ["kd_forward", "llmr", "dpkd", "gold", "ddk"]
+QUICK = dict(max_response=4, max_prompt=16)
+SCRIPTS = ["kd_forward", "llmr", "dpkd", "gold", "ddk"]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", METHODS)
-def test_a_setting_without_effect_is_refused_on_the_command_line_and_in_a_config(name):
-    script = importlib.import_module(name)
-    for unused in script.Config.unused:
-        default = getattr(script.Config(), unused)
-        other = "x" if isinstance(default, str) else default + 1
-        with pytest.raises(common.BadInput, match=f"unknown setting --{unused.replace('_', '-')}"):
-            common.parse_args(script.Config, [f"--{unused}={other}"])
-        with pytest.raises(common.BadInput, match=f"--{unused.replace('_', '-')} has no effect in this script"):
-            common.check_settings(script.Config(**{unused: other}))
-    common.check_settings(script.Config())
+def any_run(script, root, out, **settings):
+    return conftest.any_run(script, root, out, **{**QUICK, **settings})
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_setting_without_effect_stands_nowhere_in_its_script(name):
-    text = (ROOT / f"{name}.py").read_text()
-    for unused in importlib.import_module(name).Config.unused:
-        assert not re.search(rf"\bcfg\.{unused}\b", text), unused
+def train(cfg):
+    return importlib.import_module(type(cfg).__module__).train(cfg)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_help_shows_the_settings_of_the_method_first(name, capsys):
-    script = importlib.import_module(name)
+def lines_of(out, file="log.jsonl"):
+    return [json.loads(line) for line in open(Path(out, file), encoding="utf-8")]
+
+
+def outcome(out):
+    """What must not depend on stops: the student's files, and log and result without times."""
+    files = {f.name: f.read_bytes() for f in sorted(Path(out, "student").iterdir())}
+    timeless = lambda d: {k: v for k, v in d.items() if k not in ("seconds", "peak_gib")}
+    result = json.loads(Path(out, "result.json").read_text())
+    return files, [timeless(line) for line in lines_of(out)], timeless(result)
+
+
+@pytest.fixture
+def config(pair, rows_file, tmp_path):
+    """config(name of its directory, settings) -> a kd_forward.Config for a run of a second."""
+    return lambda out="run", **settings: conftest.small_run(
+        kd_forward.Config, pair("llama"), rows_file, tmp_path / out, **{**QUICK, **settings})
+
+
+def stopped(cfg, method="end_step", at=None):
+    """A run that is killed behind this step (or in this method) -> the settings that go on."""
+    real = getattr(common.Run, method)
+
+    def call(self, step, *args, **parts):
+        if at is not None:
+            real(self, step, *args, **parts)
+        if at in (None, step):
+            raise SystemExit(9)
+    with pytest.MonkeyPatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(common.Run, method, call)
+        train(cfg)
+    torch.manual_seed(999)  # nothing may hang on the random state of this process
+    return dataclasses.replace(cfg, out="", resume=cfg.out)
+
+
+@pytest.fixture(scope="module")
+def one_halted(pair, rows_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "halted"
+    return stopped(conftest.small_run(kd_forward.Config, pair("llama"), rows_file, out, **QUICK),
+                   at=3)
+
+
+@pytest.fixture
+def halted(one_halted, tmp_path):
+    """The settings that go on with a run of four steps that was killed behind step 3."""
+    shutil.copytree(one_halted.resume, tmp_path / "halted")
+    return dataclasses.replace(one_halted, resume=str(tmp_path / "halted"))
+
+
+# --- Stops and going on ------------------------------------------------------------------------
+@pytest.mark.parametrize("script, settings", [
+    ("kd_forward", dict(responses="teacher", alpha=0.5, cache=True)), ("llmr", dict(sync=4)),
+    ("dpkd", dict(refresh=4)), ("gold", {}), ("ddk", {})])
+def test_a_stopped_run_goes_on_bit_by_bit(script, settings, any_root, tmp_path, monkeypatch,
+                                          capsys):
+    """GPT-2 has dropout. The stop lies behind a checkpoint, at which llmr's sampler and dpkd's
+    student responses are old."""
+    of = lambda out: any_run(script, any_root, tmp_path / out, steps=6, save_every=3,
+                             eval_every=5, **settings)
+    train(of("whole"))
+    resumed = stopped(of("cut"), at=5)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))  # the teacher is asked again
+    train(resumed)
+    assert f"resumed from {tmp_path}/cut/checkpoint.pt at step 3" in capsys.readouterr().out
+    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+
+
+def test_a_kill_while_the_llm_writes_loses_only_the_call_under_way(any_root, tmp_path, monkeypatch):
+    of = lambda out: any_run("gold", any_root, tmp_path / out)
+    sample, asked = common.sample, []
+
+    def counted(model, prompts, *args, **more):
+        asked.append(len(args) > 2)  # an LLM's call names top_k
+        if asked.count(True) == 5 and stop:
+            raise SystemExit(9)
+        return sample(model, prompts, *args, **more)
+    monkeypatch.setattr(common, "sample", counted)
+    stop = False
+    train(of("whole"))
+    whole = asked.count(True)
+    asked, stop = [], True
     with pytest.raises(SystemExit):
-        common.parse_args(script.Config, ["--help"])
-    shown = [x.replace("-", "_") for x in re.findall(r"^  --(?:no-)?([a-z-]+)", capsys.readouterr().out, re.M)]
-    own = list(script.Config.__annotations__)
-    assert shown[:len(own)] == own and "teacher" in shown and not set(shown) & set(script.Config.unused)
-    assert set(shown) == {f for f in script.Config.__dataclass_fields__ if f not in script.Config.unused}
+        train(of("cut"))
+    file = tmp_path / "cut/written.jsonl"
+    assert len(lines_of(tmp_path / "cut", "written.jsonl")) == 4
+    file.write_text(file.read_text() + '{"call": "torn')  # the last line of a killed process
+    asked, stop = [], False
+    train(dataclasses.replace(of("cut"), out="", resume=str(tmp_path / "cut")))
+    assert asked.count(True) == whole - 4
+    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+    for name in ("samples.jsonl", "written.jsonl"):
+        assert (tmp_path / "whole" / name).read_text() == (tmp_path / "cut" / name).read_text()
 
 
-def test_a_run_says_and_keeps_only_settings_that_have_an_effect(config, capsys):
-    cfg = config(steps=0)
-    kd_forward.train(cfg)
-    kept = json.loads(common.Path(cfg.out, "settings.json").read_text())
-    assert "text_field" not in kept and "text_field" not in capsys.readouterr().out and kept["alpha"] == 1.0
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_kill_in_the_last_evaluation_loses_no_training(script, any_root, tmp_path):
+    train(stopped(any_run(script, any_root, tmp_path, steps=1, save_every=100), "finish"))
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    student = load_file(tmp_path / "student/model.safetensors")
+    assert saved["step"] == 1 and (tmp_path / "result.json").exists()
+    assert all(torch.equal(v, saved["parts"]["student"][k]) for k, v in student.items())
+    assert [x["step"] for x in lines_of(tmp_path) if "grad_norm" in x] == [0]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The learning rate
-# ---------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("steps, warmup", [(500, 20), (300, 0), (4, 2), (10, 100), (1, 1)])
-def test_the_learning_rate_warms_up_linearly_and_falls_by_a_cosine_to_a_tenth(steps, warmup):
-    cfg = SimpleNamespace(lr=3e-3, steps=steps, warmup=warmup)
-    for step in range(steps):
-        rising = (step + 1) / warmup if step < warmup else 1.0
-        through = (step - warmup) / (steps - warmup) if step > warmup else 0.0
-        wanted = 3e-3 * rising * (0.1 + 0.9 * (1 + math.cos(math.pi * through)) / 2)
-        assert common.lr_at(step, cfg) == pytest.approx(wanted, rel=1e-12)
+def test_what_does_not_change_the_result_may_change_on_resuming(config, halted, tmp_path, capsys):
+    train(config("whole"))
+    words = ["--resume", halted.resume, "--accum=4", "--recompute", "--save-every=1",
+             "--eval-every=1", "--log-every=3"]
+    train(common.parse_args(kd_forward.Config, words))
+    assert "at step 2" in capsys.readouterr().out
+    a, b = (load_file(tmp_path / x / "student/model.safetensors") for x in ("whole", "halted"))
+    assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_the_optimizer_steps_with_that_learning_rate(name, any_root, tmp_path, monkeypatch):
-    cfg, seen, step = any_run(name, any_root, tmp_path / "run", steps=3, warmup=2, eval_every=9, budget=8), [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: seen.append(self.param_groups[0]["lr"]) or step(self, *a, **k))
-    importlib.import_module(name).train(cfg)
-    assert seen[-3:] == [common.lr_at(i, cfg) for i in range(3)]
-    assert [r["lr"] for r in map(json.loads, open(f"{cfg.out}/log.jsonl")) if "lr" in r] == seen[-3:]
+@pytest.mark.parametrize("change", [dict(alpha=0.5), dict(steps=9), dict(seed=1), dict(lr=0.5),
+                                    dict(batch_size=16), dict(dtype="bfloat16")])
+def test_what_changes_the_result_is_refused_by_name_on_resuming(change, halted):
+    name, value = next(iter(change.items()))
+    with pytest.raises(common.BadInput, match=f"{name} was .* and is {value} now"):
+        train(dataclasses.replace(halted, **change))
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_optimizer_decays_weights_by_the_share_that_is_set_and_averages_as_its_comment_says(name, any_root, tmp_path, monkeypatch):
-    """AdamW has a default of its own for the one, the same as ours, and another for the other. GOLD: the scorer's too."""
-    cfg, seen, step = any_run(name, any_root, tmp_path / "run", steps=1, weight_decay=0.3, eval_every=9, budget=24), [], torch.optim.AdamW.step
-    look = lambda group: (group["weight_decay"], group["betas"])
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: seen.append(look(self.param_groups[0])) or step(self, *a, **k))
-    importlib.import_module(name).train(cfg)
-    assert seen and set(seen) == {(0.3, (0.9, 0.98))}
+@pytest.mark.parametrize("script", ["kd_forward", "gold", "ddk"])
+def test_changed_data_is_refused_on_resuming(script, any_root, tmp_path):
+    """Gold shows its training rows to the LLM."""
+    source = any_run(script, any_root, tmp_path / "run").data
+    copy = tmp_path / Path(source).name
+    shutil.copytree(source, copy) if Path(source).is_dir() else shutil.copy(source, copy)
+    resumed = stopped(any_run(script, any_root, tmp_path / "run", data=str(copy)), at=3)
+    file = {"gold": copy / "train.jsonl", "ddk": copy / "big.jsonl"}.get(script, copy)
+    rows = lines_of(file.parent, file.name)
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows[5:]))
+    with pytest.raises(common.BadInput, match="the data has changed"):
+        train(resumed)
 
 
-OWN = {  # script: settings of its method and optimization with another value, and what else has to be set for it to matter
-    "kd_forward": [dict(alpha=0.5), dict(tau=2.0), dict(responses="teacher"), dict(alpha=0.0)],
-    "llmr": [dict(value="mean"), dict(value="lse"), dict(baseline="value"), dict(baseline="mean"), dict(sync=2)],
-    "dpkd": [dict(negatives="frozen"), dict(negatives="epoch"), dict(beta=0.1), dict(length_norm=True), dict(preference=0.3, anchor=0.5),
-             dict(anchor=0.5), dict(lm_coef=0.5, corpus="CORPUS")],
-    "gold": [dict(round_size=8), dict(ood=False), dict(select="top"), dict(select="random"), dict(select="none"), dict(temperature=1.5),
-             dict(top_k=0), dict(top_p=0.5), dict(retrain=3), dict(passes=2), dict(scorer_lr=0.1), dict(alpha=0.5), dict(beta=0.1),
-             dict(budget=40), dict(feedback=1, round_size=16, budget=96)],
-    "ddk": [dict(mix="uniform"), dict(mix="natural"), dict(mix="no-smoothing"), dict(mix="big=.2,mid=.2,small=.6"), dict(interval=3),
-            dict(alpha=0.9), dict(gamma=0.0), dict(gamma=2.0), dict(tau=2.0, gamma=2.0), dict(gap_rows=2), dict(domain_tokens=400), dict(max_tokens=8)],
-}
-ALL = [dict(batch_size=4), dict(lr=2e-3), dict(warmup=4), dict(weight_decay=0.9), dict(clip=1e-3), dict(seed=1)]
-BASES = {  # what a setting is compared with, where that is not the default
-    ("gold", "feedback"): dict(round_size=16, budget=96), ("ddk", "tau"): dict(gamma=2.0), ("dpkd", "preference"): dict(anchor=0.5)}
+@pytest.mark.parametrize("file, content, words", [
+    ("checkpoint.pt", "half", "checkpoint.pt cannot be loaded"),
+    ("settings.json", '{"script"', "no run can be read there"),
+    ("result.json", "{}", "this run is finished"),
+    ("settings.json", '{"script": "llmr"}', "this is a run of llmr.py"),
+    ("log.jsonl", '{"step": 0, "loss": 1.0}\n{"step": 1, "lo', None)])
+def test_a_damaged_run_is_told_and_half_a_line_of_the_log_is_dropped(file, content, words, halted):
+    Path(halted.resume, file).write_text(content)
+    if words:
+        with pytest.raises(common.BadInput, match=words):
+            train(halted)
+    else:
+        train(halted)
+        assert [x["step"] for x in lines_of(halted.resume) if "loss" in x] == [0, 2, 3]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_after_the_step_and_ends_with_its_status(number, status, config, tmp_path,
+                                                                monkeypatch, capsys):
+    log = common.Run.log
+
+    def kill(self, step, **values):
+        log(self, step, **values)
+        if "loss" in values and step == 1:
+            os.kill(os.getpid(), number)
+    monkeypatch.setattr(common.Run, "log", kill)
+    with pytest.raises(SystemExit) as end:
+        train(config(save_every=100))
+    assert end.value.code == status
+    said = capsys.readouterr().out
+    assert f"stopped after step 2, saved: --resume {tmp_path}/run goes on" in said
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 2
+    # a notebook goes on after a run, and its interrupt button works again
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def start(cfg, *more):
+    """A real process of a script."""
+    file = ROOT / f"{type(cfg).__module__}.py"
+    return subprocess.Popen([sys.executable, str(file), *flags(cfg), *more], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for(file, lines, process):
+    until = time.time() + 90
+    while not (file.exists() and file.read_text().count("\n") >= lines):
+        assert process.poll() is None and time.time() < until, process.communicate()[0]
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
-def test_every_setting_of_a_method_and_of_its_optimization_changes_what_is_learned(name, any_root, tmp_path):
-    """One that a loop does not pass on would be silently ignored. --accum must change nothing, and steps are counted."""
-    def weights(i, settings):
-        settings = {k: str(any_root / "text.txt") if v == "CORPUS" else v for k, v in settings.items()}
-        cfg = any_run(name, any_root, tmp_path / str(i), **{"eval_every": 99, "steps": 6, **large, **settings})
-        importlib.import_module(name).train(cfg)
-        return load_file(f"{cfg.out}/student/model.safetensors")
-    (any_root / "text.txt").write_text("the cat sat on the mat\n" * 40)
-    large = {"batch_size": 96} if name == "ddk" else {}  # shares that differ a little draw differently
-    known, tried = {}, set()
-    for i, settings in enumerate([*OWN[name], *ALL]):
-        base = BASES.get((name, next(iter(settings))), {})
-        if str(base) not in known:
-            known[str(base)] = weights(f"base{i}", base)
-        new, old = weights(i, settings), known[str(base)]
-        assert any(not torch.equal(new[k], old[k]) for k in old), settings
-        tried |= set(settings)
-    config = importlib.import_module(name).Config
-    own = set(common.config_fields(config)[1]) - {"teacher", "student", "data", "task", "domains", "llm_prompt", "max_response",
-                                                  "steps", "accum", "eval_every", "eval_rows"}
-    assert own <= tried, own - tried
+@pytest.mark.parametrize("number, status", [("SIGKILL", -9), ("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("script", ["kd_forward", "gold"])
+def test_a_real_process_is_killed_and_goes_on(script, number, status, any_root, tmp_path):
+    """GOLD's is killed while the LLM writes."""
+    of = lambda out: any_run(script, any_root, tmp_path / out, steps=40, save_every=5, budget=120,
+                             eval_every=30)
+    process = start(of("cut"))
+    file, lines = ("written.jsonl", 9) if script == "gold" else ("log.jsonl", 20)
+    wait_for(tmp_path / "cut" / file, lines, process)
+    process.send_signal(getattr(signal, number))
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == status and not (tmp_path / "cut/result.json").exists(), said
+    process = start(of("cut"), f"--resume={tmp_path / 'cut'}")
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    train(of("whole"))
+    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Dropout
-# ---------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", METHODS)
-def test_every_step_has_dropout_but_those_of_llmr_and_dpkd(name, any_root, tmp_path, monkeypatch):
-    """Also after an evaluation and after sampling, which turn it off. GOLD: the scorer's steps too."""
-    real, seen = common.response_states, []
+# --- The directory of a run ----------------------------------------------------------------------
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_fills_its_directory(script, any_root, tmp_path):
+    cfg = any_run(script, any_root, tmp_path / "run", eval_rows=3)
+    result, out = train(cfg), tmp_path / "run"
+    saved = json.loads((out / "settings.json").read_text())
+    names = common.settings_of(type(cfg))
+    assert saved["script"] == script and {k: saved[k] for k in names} == {
+        **{k: getattr(cfg, k) for k in names}, "dtype": "float32"}
+    assert (out / f"{script}.py").read_bytes() == (ROOT / f"{script}.py").read_bytes()
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == cfg.steps
 
-    def response_states(model, *args):
-        states = real(model, *args)
+    log = lines_of(out)
+    trained = [x for x in log if "grad_norm" in x]
+    measured = [x for x in log if any(k.startswith("valid/") for k in x)]
+    assert [x["step"] for x in trained] == [0, 1, 2, 3]
+    assert [x["step"] for x in measured] == [0, 2]
+    assert all(isinstance(v, (int, float)) for x in log for v in x.values())
 
-        def call(batch):
-            hidden = states(batch)
-            seen.extend([model.training] if hidden.requires_grad else [])
-            return hidden
-        return call
-    monkeypatch.setattr(common, "response_states", response_states)
-    cfg = any_run(name, any_root, tmp_path / "run", steps=3, eval_every=1, budget=24)
-    importlib.import_module(name).train(cfg)
-    assert len(seen) >= 3 and set(seen) == {name not in ("llmr", "dpkd")}
+    kept = json.loads((out / "result.json").read_text())
+    assert kept == result and {"steps", "seconds", "peak_gib", "torch", "transformers"} <= set(kept)
+    metric = {"gold": "accuracy", "ddk": "worst_gap"}.get(script, "kl_pq")
+    assert {f"{c}.{metric}" for c in ("teacher", "before", "after")} <= set(kept)
 
+    student = AutoModelForCausalLM.from_pretrained(out / "student")
+    state = torch.load(out / "checkpoint.pt", weights_only=True)["parts"]["student"]
+    assert all(torch.equal(v, state[k]) for k, v in student.state_dict().items())
+    assert AutoTokenizer.from_pretrained(out / "student")("the cat").input_ids
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_step_computes_in_the_dtype_that_is_set_and_so_does_the_sampler(name, any_root, tmp_path, monkeypatch):
-    """On a CPU too. The weights stay fp32, so what decides is autocast; GOLD: in the scorer's steps as well."""
-    real, sample, seen, drawn = common.response_states, common.sample, [], []
-
-    def response_states(model, *args):
-        states = real(model, *args)
-
-        def call(batch):
-            hidden = states(batch)
-            seen.extend([hidden.dtype] if hidden.requires_grad else [])
-            return hidden
-        return call
-
-    def sampled(model, *args, **kwargs):
-        drawn.append(model.dtype if kwargs.get("dtype") is None else kwargs["dtype"])
-        return sample(model, *args, **kwargs)
-    monkeypatch.setattr(common, "response_states", response_states)
-    monkeypatch.setattr(common, "sample", sampled)
-    importlib.import_module(name).train(any_run(name, any_root, tmp_path / "run", steps=1, dtype="bfloat16", eval_every=9, budget=24))
-    assert seen and set(seen) == {torch.bfloat16} and set(drawn) <= {torch.bfloat16} and bool(drawn) == (name != "ddk")
+    rows = lines_of(out, "generations.jsonl")
+    assert len(rows) == (0 if script == "ddk" else 3)
+    assert all(set(r) == {"prompt", "greedy", "sample", "references"} for r in rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What a run says at its end, and runs side by side
-# ---------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", METHODS[:-1])
-def test_the_samples_that_a_run_shows_are_the_students_to_validation_prompts(name, any_root, tmp_path, monkeypatch):
-    script, told, rows, load = importlib.import_module(name), [], {}, common.load_rows
-    cfg = any_run(name, any_root, tmp_path / "run", steps=0)
-    monkeypatch.setattr(common, "load_rows", lambda *a: rows.update(load(*a)) or rows)
-    monkeypatch.setattr(common, "show_samples", lambda run, model, examples, *_: told.append((model, examples)))
-    script.train(cfg)
-    (model, examples), = told
-    assert model.get_input_embeddings().weight.shape[1] == 16  # conftest's teachers have 32
-    assert [e.row["prompt"] for e in examples[:2]] == [r["prompt"] for r in rows["valid"][:2]]
+def test_generations_are_those_of_the_student_to_the_test_rows(config, tmp_path):
+    train(config())
+    rows = common.load_rows(config())["test"]
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run/student")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/student")
+    for row, written in zip(rows, lines_of(tmp_path / "run", "generations.jsonl"), strict=True):
+        assert (written["prompt"], written["references"]) == (row["prompt"], [row["response"]])
+        ids = tokenizer(row["prompt"] + "\n", return_tensors="pt").input_ids
+        greedy = student.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1]:]
+        assert written["greedy"] == tokenizer.decode(greedy, skip_special_tokens=True).strip()
 
 
-def test_what_is_logged_is_shown_on_the_screen_and_how_long_it_will_take(config, capsys):
-    kd_forward.train(config(steps=4, eval_every=2))
-    out = capsys.readouterr().out
-    lines = [json.loads(x) for x in open(f"{config().out}/log.jsonl")]
-    assert len(lines) == 4 + 3
-    for r in lines:
-        head = f"step {r['step']:5d}/4  "
-        assert (head + f"validation: kl_pq {r['valid']['kl_pq']:.3f}" if "valid" in r else head + f"loss {r['loss']:.4f}  ce {r['ce']:.4f}") in out
-    run = common.Run(config(steps=6, out=f"{config().out}-2"), kd_forward.__file__)
-    run.start()
-    run.t0 -= 10  # two of six steps took ten seconds
-    run.log(2, loss=1.0)
-    assert "  20 s left" in capsys.readouterr().out
+def test_curves_are_written_where_tensorboard_is_installed(config, tmp_path, monkeypatch):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(config())
+    curves = reader.EventAccumulator(str(tmp_path / "run"))
+    curves.Reload()
+    losses = {x.step: x.value for x in curves.Scalars("loss")}
+    assert losses == pytest.approx({x["step"]: x["loss"] for x in lines_of(tmp_path / "run")
+                                    if "loss" in x})
+    assert [x.step for x in curves.Scalars("valid/kl_pq")] == [0, 2]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    train(config("without"))
+    assert not list((tmp_path / "without").glob("events*"))
 
 
-def test_the_seconds_go_on_over_a_second_resumption(config):
-    """A checkpoint keeps all seconds so far, those before its own resumption too."""
-    cfg = config()
-    for resumed in (False, True, True):
-        run = common.Run(dataclasses.replace(cfg, resume=resumed), kd_forward.__file__)
-        run.start()
-        run.t0 -= 100  # as if 100 seconds had gone
-        run.save(1)
-    assert 300 <= run.elapsed() < 310
+def test_a_directory_that_holds_a_run_or_a_model_is_not_written_to(config, pair, tmp_path,
+                                                                   monkeypatch):
+    train(config())
+    shutil.copytree(pair("llama")[1], tmp_path / "world/student")
+    for out in ("run", "world"):
+        before = {f: f.read_bytes() for f in (tmp_path / out).rglob("*") if f.is_file()}
+        with pytest.raises(common.BadInput, match=f"--out .*{out} holds a run"):
+            train(config(out, alpha=0.5))
+        assert before == {f: f.read_bytes() for f in (tmp_path / out).rglob("*") if f.is_file()}
+    begin = common.Run.start
+
+    def two_at_once(self, *args, **parts):
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new/settings.json").write_text("the other run's")
+        return begin(self, *args, **parts)
+    monkeypatch.setattr(common.Run, "start", two_at_once)
+    with pytest.raises(common.BadInput, match="new"):
+        train(config("new"))
+    assert (tmp_path / "new/settings.json").read_text() == "the other run's"
 
 
-def test_runs_of_other_settings_have_other_directories_however_long_their_names(monkeypatch, tmp_path):
+def test_without_out_a_run_writes_to_a_directory_named_after_script_and_time(config, tmp_path,
+                                                                             monkeypatch):
     monkeypatch.chdir(tmp_path)
-    of = lambda **settings: common.Run(kd_forward.Config(teacher="t" * 90, **settings), kd_forward.__file__).dir
-    assert len({of(), of(seed=1), of(seed=2), of(seed=1, alpha=0.5)}) == 4 and of(seed=1) == of(seed=1, compile=True)
-    assert len(of(seed=1).name) < 100
+    train(dataclasses.replace(config(steps=0), out=""))
+    made, = (tmp_path / "out").iterdir()
+    assert time.strptime(made.name, "kd_forward-%Y%m%d-%H%M%S") and (made / "result.json").exists()
 
 
-def test_every_process_has_dropout_of_its_own(config, monkeypatch):
-    seeds = []
-    monkeypatch.setattr(common.dist, "barrier", lambda: None)
-    for rank in (0, 1):
-        monkeypatch.setattr(common, "processes", lambda rank=rank: (rank, 2))
-        common.Run(config(seed=3, out=f"{config().out}-{rank}"), kd_forward.__file__).start()
-        seeds.append(torch.initial_seed())
-    assert seeds == [3, 4]
+def test_a_full_disk_leaves_the_last_checkpoint_and_one_sentence(config, tmp_path, monkeypatch):
+    save, calls = torch.save, []
+
+    def full(state, path):
+        calls.append(path)
+        if len(calls) == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(common.BadInput, match="checkpoint.pt cannot be written.*No space left"):
+        train(config())
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 2
+    assert not list((tmp_path / "run").glob("*.tmp"))
 
 
-def test_who_asks_twice_to_stop_is_not_kept_waiting(config):
-    """The first signal is for after the step: which may take minutes."""
-    run = common.Run(config(), kd_forward.__file__)
-    run._on_signal(2, None)
-    with pytest.raises(SystemExit) as left:
-        run._on_signal(2, None)
-    assert left.value.code == 130
+def test_a_place_where_nothing_can_be_written_is_told(config, rows_file):
+    with pytest.raises(common.BadInput, match="cannot be written there"):
+        train(dataclasses.replace(config(), out=f"{rows_file}/run"))
 
 
-def test_the_headline_that_moved_most_is_named():
-    before, after = {"kl_pq": 4.0, "rouge_l": 0.2, "length": 1.0}, {"kl_pq": 1.0, "rouge_l": 0.1, "length": 900.0}
-    assert common.moved_most(before, after) == "moved most: kl_pq, 4.000 -> 1.000"  # by 3/4 of it; length is no headline
-    assert common.moved_most({"ce": 0.0, "accuracy": 0.5}, {"ce": 0.0, "accuracy": 0.55}) == "moved most: accuracy, 0.500 -> 0.550"
-    assert common.moved_most({"length": 1.0}, {"length": 2.0}) == "no headline metric was measured"
+# --- How a run ends ------------------------------------------------------------------------------
+def test_a_loss_or_weight_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):
+    with pytest.raises(common.RunFailed, match="a weight is no longer a finite number at step 2"):
+        train(config(lr=1e3, clip=1e9, weight_decay=1e3, warmup=0, log_every=50))
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+    real = kd_forward.kd_loss
+    monkeypatch.setattr(kd_forward, "kd_loss", lambda *a: [x * float("nan") for x in real(*a)])
+    with pytest.raises(common.RunFailed, match="the loss is nan at step 0: .*--lr"):
+        train(config("two"))
 
 
-@pytest.fixture
-def two_runs(config, any_root, tmp_path):
-    """Finished runs of two methods."""
-    kd_forward.train(config(steps=2, eval_every=1, lr=0.002, out=str(tmp_path / "kd")))
-    ddk.train(any_run("ddk", any_root, tmp_path / "ddk", steps=2, eval_every=1))
-    return tmp_path / "kd", tmp_path / "ddk"
+@pytest.mark.parametrize("error, status, words", [
+    (None, 0, ""), (common.BadInput("bad"), 2, "bad"), (common.RunFailed("nan"), 1, "nan"),
+    (torch.OutOfMemoryError("x" * 999), 1, "--accum"), (OSError(28, "disk full"), 1, "disk full"),
+    (KeyboardInterrupt(), 130, "stopped")])
+def test_the_exit_status_says_how_it_ended(error, status, words, monkeypatch, capsys):
+    def end(cfg):
+        if error:
+            raise error
+    monkeypatch.setattr("sys.argv", ["kd_forward.py"])
+    assert common.main(end, kd_forward.Config) == status
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == bool(status) and len(said) < 200
+    monkeypatch.setenv("RANK", "1")  # one of several processes is enough
+    assert common.main(end, kd_forward.Config) == status and capsys.readouterr().err == ""
 
 
-def test_runs_of_two_methods_are_compared_in_a_table_and_a_picture(two_runs, capsys):
-    pytest.importorskip("matplotlib")
-    capsys.readouterr()
-    common.compare(two_runs)
-    said = capsys.readouterr().out
-    settings, metrics = said.split("---\n")
-    rows = {line.split()[0]: line.split()[1:] for line in settings.splitlines()[1:]}
-    assert settings.split("\n")[0].split() == ["kd", "ddk"]
-    assert rows["script"] == ["kd_forward", "ddk"] and rows["lr"] == ["0.002", "0.001"]
-    assert rows["alpha"] == ["1.0", "0.5"] and rows["gamma"] == ["0.2"]  # only one has it
-    assert not {"tau", "warmup", "steps"} & set(rows)  # in which they do not differ
-    result = json.loads((two_runs[0] / "result.json").read_text())
-    found = {line.split()[0]: line.split()[1:] for line in metrics.splitlines()}
-    assert found["kl_pq"] == [f"{result['after.kl_pq']:.4f}"] and {"worst_gap", "mean_ce", "seconds"} <= set(found)
-    picture = two_runs[0].parent / "compare.png"
-    assert f"curves: {picture}" in said and picture.read_bytes().startswith(b"\x89PNG")
+def test_a_run_can_be_called_in_a_thread_of_a_notebook(config):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(kd_forward.train(config())))
+    thread.start()
+    thread.join()
+    assert results[0]["steps"] == 4
 
 
-def test_an_unfinished_run_is_compared_as_far_as_it_got(two_runs, capsys):
-    pytest.importorskip("matplotlib")
-    (two_runs[0] / "result.json").unlink()
-    capsys.readouterr()
-    common.compare(two_runs[:1])
-    assert capsys.readouterr().out.split("---\n")[1].split()[:2] == ["seconds", "peak_gib"]  # no metrics yet
-    assert (two_runs[0] / "compare.png").exists()  # of one run the picture lies in its own folder
+def test_options_may_be_written_with_dashes_or_underscores():
+    parse = lambda *words: common.parse_args(kd_forward.Config, words)
+    assert parse("--batch-size", "8").batch_size == parse("--batch_size=8").batch_size == 8
+    assert parse("--no-compile").compile is False and parse("--compile").compile is True
+    assert parse("--out=a_b-c").out == "a_b-c"
 
 
-def test_without_matplotlib_a_sentence_says_how_to_get_pictures(two_runs, capsys, monkeypatch):
-    real = builtins.__import__
-
-    def no_matplotlib(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-    monkeypatch.setattr(builtins, "__import__", no_matplotlib)
-    common.compare(two_runs)
-    said = capsys.readouterr().out
-    assert "kl_pq" in said and said.endswith("pip install matplotlib, and the same command draws the curves\n")
-    assert not (two_runs[0].parent / "compare.png").exists()
+# --- torchrun ------------------------------------------------------------------------------------
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+SHARED = dict(steps=12, eval_every=6, log_every=3, save_every=6)
+JOBS = {  # name: script, its settings
+    "kd": ("kd_forward", dict(accum=2)), "broken": ("kd_forward", {}),
+    "llmr": ("llmr", dict(baseline="mean", sync=2)), "dpkd": ("dpkd", dict(anchor=0.5)),
+    "dpkd-refresh": ("dpkd", dict(refresh=3)), "gold": ("gold", {}), "ddk": ("ddk", dict(accum=2))}
 
 
-@pytest.mark.parametrize("content", [None, "no folder", "torn"])
-def test_a_folder_that_is_no_run_is_told_in_one_sentence(tmp_path, content):
-    folder = tmp_path / "x"
-    if content:
-        folder.mkdir()
-    if content == "torn":
-        (folder / "settings.json").write_text('{"script": "kd_fo')
-    with pytest.raises(common.BadInput, match=r"x: no run can be read there") as said:
-        common.compare([folder])
-    assert "\n" not in str(said.value)
+def work(jobs, two):
+    """Run the jobs in this process. Sampling is greedy, for each process has random numbers of its
+    own; what an LLM writes (with top_k) is process 0's alone."""
+    sample, reduce = common.sample, common.reduce_gradients
+    common.sample = lambda model, prompts, most, temperature=1.0, *args, **more: sample(
+        model, prompts, most, temperature if args else 0.0, *args, **more)
+    try:
+        for name, script, settings in jobs:
+            broken = two and name == "broken"
+            common.reduce_gradients = (lambda *args: None) if broken else reduce
+            module = importlib.import_module(script)
+            module.train(module.Config(**settings))
+    finally:
+        common.sample, common.reduce_gradients = sample, reduce
 
 
 @pytest.mark.slow
-def test_compare_as_a_command(tmp_path):
-    call = lambda *words: subprocess.run([sys.executable, str(ROOT / "common.py"), *words], capture_output=True, text=True, cwd=tmp_path)
-    for words in ([], ["compare"], ["other", "x"]):
-        assert call(*words).stderr == "error: say python common.py compare out/a out/b ...\n"
-    done = call("compare", "x")
-    assert done.returncode and done.stderr.startswith("error: x: no run can be read there") and done.stderr.count("\n") == 1
+def test_two_processes_train_what_one_does(any_root, pair, tmp_path):
+    models = dict(zip(("teacher", "student"), map(str, pair("llama"))))  # without dropout
+    jobs = {n: [[name, script, vars(any_run(script, any_root, tmp_path / f"{n}-{name}", **{
+        **SHARED, **models, **settings}))] for name, (script, settings) in JOBS.items()]
+        for n in "12"}
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs["2"]))
+    two = subprocess.run([*TORCHRUN, __file__, str(tmp_path / "jobs.json")], text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=500)
+    assert two.returncode == 0, two.stdout[-3000:]
+    assert two.stdout.count("run directory:") == len(JOBS), "one process speaks"
+    work(jobs["1"], two=False)
+    for name in JOBS:
+        a, b = (load_file(tmp_path / f"{n}-{name}/student/model.safetensors") for n in "12")
+        gap = max((a[k] - b[k]).abs().max().item() for k in a)
+        assert gap > 1e-4 if name == "broken" else gap < 1e-5, (name, gap)
+        if name != "broken":
+            for x, y in zip(*(outcome(tmp_path / f"{n}-{name}")[1] for n in "12"), strict=True):
+                assert x == pytest.approx(y, rel=2e-3, abs=1e-4), name
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Tiny worlds: a program in data/ is run once
-# ---------------------------------------------------------------------------------------------------------------
-PROGRAM = '''
-import argparse, pathlib
-parser = argparse.ArgumentParser()
-parser.add_argument("dir", type=pathlib.Path)
-parser.add_argument("--number")
-parser.add_argument("--kind")
-parser.add_argument("--part")
-args = parser.parse_args()
-print("at work on", args.number, args.kind, args.part)
-for name in [args.part] if args.part else ["data", "teacher", "student"]:
-    (args.dir / name).mkdir(parents=True)
-'''
+@pytest.mark.slow
+def test_a_signal_stops_both_processes_and_one_goes_on(config, tmp_path):
+    cfg = config(steps=2000, save_every=5000, eval_every=5000, log_every=5)
+    two = subprocess.Popen([*TORCHRUN, str(ROOT / "kd_forward.py"), *flags(cfg)], text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for(tmp_path / "run/log.jsonl", 4, two)
+    two.send_signal(signal.SIGTERM)
+    said = two.communicate(timeout=60)[0]
+    assert said.count(f"saved: --resume {cfg.out} goes on") == 1, said[-3000:]
+    step = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"]
+    assert 10 <= step < 2000
+    one = start(config(), f"--resume={cfg.out}", "--steps=2000", "--save-every=9000",
+                "--eval-every=9000")
+    said = one.communicate(timeout=120)[0]
+    assert one.returncode == 0 and f"at step {step}" in said, said
+    assert json.loads((tmp_path / "run/result.json").read_text())["steps"] == 2000
 
 
-@pytest.fixture
-def program(tmp_path, monkeypatch):
-    """The file of a small program in the place of data/w/prepare.py."""
-    (tmp_path / "data/w").mkdir(parents=True)
-    (tmp_path / "data/w/prepare.py").write_text(PROGRAM)
-    monkeypatch.setattr(common, "HERE", tmp_path)
-    return tmp_path / "data/w/prepare.py"
-
-
-def test_a_tiny_world_is_made_once_and_its_parts_when_they_are_asked_for(program, capfd):
-    made = common.tiny_world("w", 3)
-    assert "at work on 3 None None" in capfd.readouterr().out and (made / "teacher").is_dir()
-    assert common.tiny_world("w", 3, "data") == made and "at work" not in capfd.readouterr().out
-    assert common.tiny_world("w", 3, "student-kl") == made and "at work on 3 None student-kl" in capfd.readouterr().out
-    assert not list(made.parent.glob("building-*"))
-
-
-def test_other_numbers_kinds_programs_and_grammars_are_other_worlds(program):
-    made = [common.tiny_world(*which) for which in (("w", 0), ("w", 1), ("w:sums", 0))]
-    program.write_text(PROGRAM + "# changed\n")  # a changed world never meets an old teacher
-    made.append(common.tiny_world("w", 0))
-    (program.parent / "grammar.json").write_text("{}")
-    made.append(common.tiny_world("w", 0))
-    assert len(set(made)) == 5
-
-
-def test_a_program_that_fails_leaves_no_half_of_a_world(program):
-    program.write_text("import sys\nprint('the reason')\nsys.exit(3)\n")
-    with pytest.raises(common.RunFailed, match="prepare.py .* ended with status 3"):
-        common.tiny_world("w", 0)
-    assert not list(common.cache_dir().iterdir())
-
-
-def test_tiny_means_the_world_of_the_method(program, monkeypatch):
-    asked = []
-    monkeypatch.setattr(common, "tiny_world", lambda world, number, part: asked.append((world, number, part)) or program.parent)
-    for args in (("tiny", "data", "tiny"), ("tiny:4", "data", "tiny:4"), ("tiny", "teacher", "tiny:4", "domains"),
-                 ("tiny-kl", "student", "tiny"), ("tiny", "student", "tiny:2", "reviews:sums")):
-        common.resolve(*args)
-    assert asked == [("answers", 0, "data"), ("answers", 4, "data"), ("domains", 4, "teacher"), ("answers", 0, "student-kl"),
-                     ("reviews:sums", 2, "student")]
-    assert common.resolve("gpt2", "teacher", "tiny") == "gpt2" and gold.Config().data == "auto"
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    work(json.loads(Path(sys.argv[1]).read_text()), two=True)

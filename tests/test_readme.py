@@ -1,0 +1,101 @@
+"""README and docstrings: every command parses and every file exists. Help, imports, columns."""
+import ast
+import importlib
+import re
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT
+
+import common
+
+SCRIPTS = ["kd_forward", "llmr", "dpkd", "gold", "ddk"]
+FILES = ["common", *SCRIPTS]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands(text):
+    """The lines that begin with python or torchrun, \\ at an end joined, without their comments."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    found = re.findall(r"^ *(?:\$ )?((?:python|torchrun) .*)$", joined, re.M)
+    found += re.findall(r"`((?:python|torchrun) [^`\n]*\.py[^`\n]*)`", joined)
+    parts = [part.strip() for x in found for part in re.sub(r"   .*|  #.*", "", x).split("&&")]
+    parts = [x for x in parts if x.startswith(("python ", "torchrun "))]
+    return [x for x in parts if not x.startswith("python -m venv")]
+
+
+IN_README = commands(README)
+IN_SCRIPTS = [(s, c) for s in SCRIPTS for c in commands(importlib.import_module(s).__doc__)]
+
+
+def test_there_are_commands():
+    assert len(IN_README) >= 5 and {s for s, _ in IN_SCRIPTS} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("command", [*dict.fromkeys([*IN_README, *(c for _, c in IN_SCRIPTS)])])
+def test_every_command_of_readme_and_docstrings_parses(command, capsys):
+    words = shlex.split(command)
+    at = next(i for i, word in enumerate(words) if i and not word.startswith("--nproc"))
+    program, rest = words[at], words[at + 1:]
+    if program == "-m" and rest[0] == "pytest":
+        assert all((ROOT / word).exists() for word in rest[1:] if word.startswith("tests"))
+        return
+    name = rest.pop(0) if program == "-m" else program.removesuffix(".py").replace("/", ".")
+    assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), command
+    if name.startswith("data.") or name.startswith("tests.evidence") or "labs" in name:
+        return  # a program with a command line of its own
+    sys.path.insert(0, str(ROOT))
+    module = importlib.import_module(name)
+    if "--help" in rest:
+        with pytest.raises(SystemExit) as done:
+            common.parse_args(module.Config, rest)
+        assert done.value.code == 0
+    else:
+        cfg = common.parse_args(module.Config, [w for w in rest if "..." not in w])
+        common.check_settings(cfg)
+
+
+def test_every_file_that_readme_names_exists():
+    linked = re.findall(r"\]\(([^)#\s]+)\)", README) + re.findall(r'src="([^"]+)"', README)
+    linked = [x for x in linked if "://" not in x]
+    named = re.findall(r"`([\w/.-]+\.(?:py|md|json|toml|txt))`", README)
+    own = [x for x in named if "/" in x or x.removesuffix(".py") in FILES]
+    own += re.findall(r"(?<![\w/.-])((?:tests|data|assets)/[\w/.-]*\w)", README)
+    missing = [x for x in dict.fromkeys([*linked, *own]) if not (ROOT / x).exists()]
+    made = {"teacher", "student", "student-kl", "text"}  # the shipped models and texts
+    assert not [x for x in missing if x.split("/")[-1] not in made]
+    assert set(SCRIPTS) <= {x.removesuffix(".py") for x in [*linked, *named]}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_every_setting_with_a_text(script, capsys):
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as done:
+        common.parse_args(module.Config, ["--help"])
+    text = capsys.readouterr().out
+    shown = re.findall(r"^  --([a-z][a-z-]*)(?:, --no-[a-z-]+| [a-z]+| \{[^}]*\})?(.*)"
+                       r"(?:\n {5,}(.*))?", text, re.M)
+    texts = {name.replace("-", "_"): "".join(words).strip() for name, *words in shown}
+    assert done.value.code == 0 and set(texts) == set(common.settings_of(module.Config))
+    assert all(len(words) > 9 for words in texts.values()), texts
+    assert (module.__doc__.split("\n")[0][:40]) in " ".join(text.split())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_line_has_more_than_100_columns(name):
+    lines = (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
+    assert not [f"{name}.py:{i}" for i, line in enumerate(lines, 1) if len(line) > 100]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_only_what_it_may(name):
+    """No trainer and no framework. `datasets` takes a second: it is imported where it is needed."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    imported = lambda nodes: {
+        m.split(".")[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))
+        for m in ([n.module] if isinstance(n, ast.ImportFrom) else [a.name for a in n.names])}
+    foreign = imported(ast.walk(tree)) - set(sys.stdlib_module_names)
+    allowed = {"torch", "transformers", "numpy"}
+    assert foreign <= allowed | ({"datasets", "tqdm"} if name == "common" else {"common"})
+    assert "datasets" not in imported(tree.body)
