@@ -683,7 +683,7 @@ def read_file(path):
     def lines():
         nonlocal at
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for at, line in enumerate(file, 1):  # noqa: B007
+            for at, line in enumerate(file, 1):
                 yield line.decode("utf-8-sig")
 
     try:

@@ -1,84 +1,83 @@
-"""The build-it ladder: a copy of the project in which a method is yours to write; its tests say when it is right.
+"""The ladder: a copy of the project in which the functions of a method are yours to write.
 
-    python tests/labs/ladder.py llmr                     blank all functions of the section "The method" of llmr.py
-    python tests/labs/ladder.py llmr returns_to_go       or only this one: the first rung
-    python tests/labs/ladder.py llmr --list              the functions, in the order in which to write them
-    python -m pytest out/ladder/llmr/tests/test_llmr.py -x      what is still wrong (as the first command tells)
-    python tests/labs/ladder.py --prove                  blank every function in turn: at least one test must fail (long)
+    python tests/labs/ladder.py llmr                  blank all functions of "The method"
+    python tests/labs/ladder.py llmr returns_to_go    or only this one: the first rung
+    python tests/labs/ladder.py llmr --list           the functions, in the order of the file
+    python tests/labs/ladder.py --prove               blank each in turn: a test must fail (minutes)
 
-Signatures and docstrings stay; the equations are in the docstring of the file.
+Signatures and docstrings stay, and the equations are in the docstring of the file. Tests tell what
+is still wrong: tests/test_methods.py looks at single functions, and tests/test_oracle.py at the
+gradient of the first steps. The command prints how to run them.
 """
 import argparse
 import ast
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = [m for m in ("kd_forward", "llmr", "dpkd", "gold", "ddk") if (ROOT / f"{m}.py").exists()]
+METHODS = ("kd_forward", "llmr", "dpkd", "gold", "ddk")
 
 
 def functions(text):
-    """The functions of the method's section in their order: [(name, first line of the body, last line)], from 1."""
-    lines = text.splitlines()
-    begin = lines.index("# The method")
-    end = next(i for i, line in enumerate(lines) if line.startswith("# The loop"))
+    """The functions of "The method": [(name, first line of the body, last line)], from 1."""
+    banners = [i for i, line in enumerate(text.splitlines(), 1) if line.startswith("# --- ")]
+    begin = next(i for i in banners if text.splitlines()[i - 1].startswith("# --- The method"))
+    end = next(i for i in banners if i > begin)
+    nodes = [x for x in ast.parse(text).body if begin < x.lineno < end]
+    nodes += [x for c in nodes if isinstance(c, ast.ClassDef) for x in c.body]
     found = []
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef) and begin < node.lineno <= end and not node.name.startswith("__"):
-            body = node.body[1:] if ast.get_docstring(node) is not None and len(node.body) > 1 else node.body
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("__"):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
             found.append((node.name, body[0].lineno, node.end_lineno))
-    found.sort(key=lambda f: f[1])
-    return [f for f in found if not any(g[1] <= f[1] and f[2] <= g[2] and g != f for g in found)]  # outermost only
-
-
-def blank(text, names):
-    lines = text.splitlines()
-    for name, first, last in reversed(functions(text)):
-        if name in names:
-            indent = lines[first - 1][:len(lines[first - 1]) - len(lines[first - 1].lstrip())]
-            lines[first - 1:last] = [f'{indent}raise NotImplementedError("{name} is yours to write")']
-    return "\n".join(lines) + "\n"
+    return sorted(found, key=lambda one: one[1])
 
 
 def copy(method, names, target):
-    ignore = shutil.ignore_patterns("out", ".*", "__pycache__", "*.png")
-    shutil.copytree(ROOT, target, ignore=ignore)
-    file = target / f"{method}.py"
-    file.write_text(blank(file.read_text(), names))
+    """A copy of the project in which these functions of a method raise NotImplementedError."""
+    shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns("out", ".*", "__pycache__"))
+    lines = (target / f"{method}.py").read_text().splitlines()
+    for name, first, last in reversed(functions("\n".join(lines))):
+        if name in names:
+            indent = lines[first - 1][:-len(lines[first - 1].lstrip())]
+            lines[first - 1:last] = [f'{indent}raise NotImplementedError("write {name}")']
+    (target / f"{method}.py").write_text("\n".join(lines) + "\n")
 
 
-def failing(target, method):
-    """The names of the tests that fail in a copy, at most three of them."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--maxfail=3", f"tests/test_{method}.py"], cwd=target,
-                          capture_output=True, text=True)
-    return [line.split("::")[1].split(" ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))
-            and "::" in line]
+def tests(method):
+    """The arguments of pytest that grade a method: the loops of the others need not be run."""
+    return ["tests/test_methods.py", "tests/test_oracle.py", "-k", f"test_methods or {method}"]
 
 
 def prove():
-    """Every function that a reader may have to write is needed by a test."""
-    survivors, n = [], 0
+    """Every function that a student may have to write is needed by a test."""
+    needed, n = 0, 0
     for method in METHODS:
         for name, _, _ in functions((ROOT / f"{method}.py").read_text()):
-            target = ROOT / "out/ladder/prove"
-            shutil.rmtree(target, ignore_errors=True)
-            copy(method, [name], target)
-            found, n = failing(target, method), n + 1
-            print(f"{method}.{name}: {', '.join(found) or 'NO TEST FAILS'}", flush=True)
-            survivors += [] if found else [name]
-    shutil.rmtree(ROOT / "out/ladder/prove", ignore_errors=True)
-    print(f"needed {n - len(survivors)} of {n}")
-    return bool(survivors)
+            with tempfile.TemporaryDirectory() as folder:
+                copy(method, [name], Path(folder, "copy"))
+                command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
+                done = subprocess.run([*command, *tests(method)], cwd=Path(folder, "copy"),
+                                      env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                      capture_output=True, text=True)
+            lines = done.stdout.splitlines()
+            failed = [x for x in lines if x.startswith(("FAILED", "ERROR"))] or ["NO TEST FAILS"]
+            needed, n = needed + bool(done.returncode), n + 1
+            print(f"{method}.{name}: {failed[0]}", flush=True)
+    print(f"needed {needed} of {n}")
+    return needed < n
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("method", nargs="?", choices=METHODS)
     parser.add_argument("function", nargs="*", help="only these; without: all")
-    parser.add_argument("--list", action="store_true", dest="only_list")
-    parser.add_argument("--prove", action="store_true")
+    parser.add_argument("--list", action="store_true", dest="only_list", help="show the functions")
+    parser.add_argument("--prove", action="store_true", help="blank each function in turn")
     args = parser.parse_args()
     if args.prove:
         return prove()
@@ -90,13 +89,15 @@ def main():
         return 0
     unknown = [name for name in args.function if name not in known]
     if unknown:
-        parser.error(f"{args.method}.py has no {unknown[0]} in its method section: {', '.join(known)}")
+        parser.error(f"{args.method}.py has no {unknown[0]} among {', '.join(known)}")
     target = Path("out/ladder") / args.method
     if target.exists():
-        parser.error(f"{target} is there already, perhaps with your work in it: remove or rename it")
+        parser.error(f"{target} is there already, maybe with your work: remove or rename it")
     copy(args.method, args.function or known, target)
-    print(f"write {', '.join(args.function or known)} in {target / (args.method + '.py')}, then\n"
-          f"  python -m pytest {target}/tests/test_{args.method}.py -x\nThe solution is {args.method}.py here.")
+    files, words = tests(args.method)[:2], tests(args.method)[3]
+    print(f"write {', '.join(args.function or known)} in {target / args.method}.py, then\n"
+          f"  (cd {target} && python -m pytest -x {' '.join(files)} -k \"{words}\")\n"
+          f"The solution is {args.method}.py here.")
     return 0
 
 
