@@ -96,13 +96,16 @@ def mixture(log_shares, gap, smoothing):
 
 def distill_loss(student_logits, teacher_logits, targets, gamma, tau):
     """Eq. 3 of each row, and its two terms. (r,V), (r,V) or None, (r,) -> three (r,)."""
-    ce = F.cross_entropy(student_logits, targets, reduction="none")  # (r,)
+    logq = F.log_softmax(student_logits, -1)       # (r,V)
+    ce = -logq.gather(-1, targets[:, None])[:, 0]  # (r,)
     if teacher_logits is None:  # gamma = 0 needs no teacher; the KL is then logged as 0
         return ce, ce, torch.zeros_like(ce)
+    if tau != 1:  # at tau = 1 these passes over (r,V) would change nothing
+        logq = F.log_softmax(student_logits / tau, -1)
+        teacher_logits = teacher_logits / tau
     # KL(p||q) written out, because F.kl_div takes its arguments the other way round
-    logp = F.log_softmax(teacher_logits / tau, -1)  # (r,V)
-    logq = F.log_softmax(student_logits / tau, -1)  # (r,V)
-    kl = (logp.exp() * (logp - logq)).sum(-1)       # (r,)
+    logp = F.log_softmax(teacher_logits, -1)       # (r,V)
+    kl = (logp.exp() * (logp - logq)).sum(-1)      # (r,)
     return ce + gamma * kl, ce, kl
 
 

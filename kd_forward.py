@@ -59,14 +59,20 @@ class Config(common.Settings):
 # response token, so no loss needs a mask.
 def kd_loss(student_logits, teacher_logits, targets, alpha, tau):
     """Loss, CE and KL of each row. (r,V); (r,V) or None; (r,) -> three (r,)."""
-    ce = F.cross_entropy(student_logits, targets, reduction="none")  # (r,)
+    logq = F.log_softmax(student_logits, -1)       # (r,V)
+    ce = -logq.gather(-1, targets[:, None])[:, 0]  # (r,)
     if teacher_logits is None:  # alpha = 0 needs no teacher; the KL is then logged as 0
         return ce, ce, torch.zeros_like(ce)
+    if tau != 1:  # at tau = 1 these passes over (r,V) would change nothing
+        logq = F.log_softmax(student_logits / tau, -1)
+        teacher_logits = teacher_logits / tau
     # KL(p||q) written out, because F.kl_div takes its arguments the other way round
-    logp = F.log_softmax(teacher_logits / tau, -1)  # (r,V)
-    logq = F.log_softmax(student_logits / tau, -1)  # (r,V)
-    kl = (logp.exp() * (logp - logq)).sum(-1)       # (r,)
-    return (1 - alpha) * ce + alpha * tau**2 * kl, ce, kl
+    logp = F.log_softmax(teacher_logits, -1)       # (r,V)
+    kl = (logp.exp() * (logp - logq)).sum(-1)      # (r,)
+    loss = alpha * tau**2 * kl
+    if alpha < 1:  # at alpha = 1 even the gradient of 0 CE would cost a pass over (r,V)
+        loss = loss + (1 - alpha) * ce
+    return loss, ce, kl
 
 
 def cached_states(teacher, batch, kept):
