@@ -76,14 +76,16 @@ def preference_loss(logq_teacher, logp_teacher, logq_student, logp_student, n_te
 
 def response_logprobs(model, batch):
     """(B,) log q(y|x) of whole responses, EOS included; differentiable. L needs the whole sum
-    first, so the backward pass computes the logits of each chunk again."""
+    first; beyond 256 MB of logits, the backward pass computes those of each chunk again."""
     def logprobs_of(part, targets):
-        return common.log_softmax_at(common.logits_of(model, part), targets)
+        return common.log_softmax_at(common.logits_of(model, part), targets)     # (r,)
 
     hidden = common.response_states(model, batch)                                # (R,H)
-    logprobs = torch.cat([
-        checkpoint(logprobs_of, hidden[rows], batch.targets[rows], use_reentrant=False)
-        for rows in common.chunk_slices(hidden, model)])                         # (R,)
+    call = logprobs_of
+    if 4 * len(hidden) * model.vocab > 2**28:
+        call = lambda *inputs: checkpoint(logprobs_of, *inputs, use_reentrant=False)
+    logprobs = torch.cat([call(hidden[rows], batch.targets[rows])
+                          for rows in common.chunk_slices(hidden, model)])       # (R,)
     return logprobs.new_zeros(len(batch.lengths)).index_add(0, batch.owner, logprobs)
 
 
