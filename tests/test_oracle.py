@@ -118,6 +118,7 @@ def root(tmp_path_factory):
 
     for split, n in (("train", 8), ("valid", 3), ("test", 3)):
         rows = [{"prompt": text(3, 9), "response": text(2, 9)} for _ in range(n)]
+        rows[0]["response"] += 7 * " good"  # longer than --max-response
         write(f"rows/{split}.jsonl", rows)
         rows = [{"text": text(3, 6), "label": label} for label in ["bad", "good"] * 3]
         write(f"reviews/{split}.jsonl", rows)

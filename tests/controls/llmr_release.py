@@ -19,7 +19,7 @@ left out, and because n_tokens depends on what was sampled. Clipping adds a bias
 H is no entropy of q but the cross entropy to the uniform distribution: its weight must fit G / D,
 or it destroys the student. The release has no baseline.
 
-What to watch: `advantage` and `no_end`, beside those of llmr.py. The loss has no fixed zero.
+What to watch: `advantage` and `no_end`, beside those of llmr.py. The loss has no set goal.
 
     python tests/controls/llmr_release.py                       all rules but the last
     python tests/controls/llmr_release.py --entropy 0.001       and the last
@@ -54,7 +54,7 @@ class Config(common.Settings):
 
 
 # --- The method -----------------------------------------------------------------------------------
-# B: responses of a micro-batch, N: tokens of the longest, R: all response tokens, r: of a chunk.
+# Here B: responses of a micro-batch, N: most tokens of one; R: all response tokens, r: of a chunk.
 def teacher_values(teacher_logits, targets, value):
     """Eq. 1: Q of the token, V of its state, advantage of the token. (r,V), (r,) -> three (r,)."""
     centred = teacher_logits - teacher_logits.mean(-1, keepdim=True)  # (r,V)
@@ -73,7 +73,7 @@ def induced_reward(action_value, state_value, lengths):
     """Eq. 2. Q and V (B,N), lengths (B,) -> (B,N), 0 after the last token of a response."""
     at = torch.arange(action_value.shape[1], device=action_value.device)  # (N,)
     next_value = F.pad(state_value[:, 1:], (0, 1))                        # V(s_2) .. V(s_N), 0
-    next_value = next_value.masked_fill(at >= lengths[:, None] - 1, 0.0)  # V = 0 at the end, see 1
+    next_value = next_value.masked_fill(at >= lengths[:, None] - 1, 0.0)  # V = 0 at the end: note 1
     return (action_value - next_value).masked_fill(at >= lengths[:, None], 0.0)
 
 
@@ -92,7 +92,7 @@ def policy_weights(gain, logprobs, sampler_logprobs, reward_clip):
     """Eqs. 4 and 5'. gain is G / D; sampler_logprobs is None on policy, ratio 1. -> (r,)."""
     weights = gain
     if sampler_logprobs is not None:
-        # this token's ratio only: the exact weight would be the product with all tokens before it
+        # only this token's ratio: exact would be the product of the ratios up to it
         weights = (logprobs - sampler_logprobs).exp() * weights
     if reward_clip > 0:
         weights = weights.clamp(-reward_clip, reward_clip)
@@ -127,14 +127,14 @@ def train(cfg) -> dict:
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
-    before = evaluate_test(student)  # ahead of run.start, which may load a later student
+    before = evaluate_test(student)  # before run.start: --resume loads a later student there
 
-    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000: runs have a few hundred
+    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000, because runs are short
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     parts = {"student": student, "optimizer": optimizer, "sampler": sampler}  # of a checkpoint
     start = run.start(data.hash, **parts)
-    common.no_dropout(student)  # what is sampled and what is improved must be one distribution
+    common.no_dropout(student)  # sampling and training must use the same distribution
     student.train()
 
     for step in range(start, cfg.steps):
@@ -189,7 +189,7 @@ def train(cfg) -> dict:
                     stale = common.row_values(
                         lambda logits, _, a: (sampler_logprobs(logits, a, cfg.top_k),),
                         sampler, batch)[:, 0]                                            # (R,)
-            # logits of all R rows would take most of the memory
+            # in chunks, because the logits of all R rows need much memory
             for rows, part in common.in_chunks(student_hidden, student):
                 logits = common.logits_of(student, part)                                 # (r,V)
                 logprobs = common.log_softmax_at(logits, batch.targets[rows])            # (r,)

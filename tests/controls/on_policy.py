@@ -49,8 +49,8 @@ class Config(common.Settings):
 
 
 # --- The method -----------------------------------------------------------------------------------
-# R: response tokens of a batch, r: of a chunk of it; V: vocabulary, H: hidden size. No row is a
-# prompt token or padding, so no loss needs a mask.
+# R: response tokens of a batch, r: of a chunk of it; V: vocabulary, H: hidden size. Each row is one
+# response token, so no loss needs a mask.
 def reverse_kl_loss(student_logits, teacher_logits, targets, form):
     """The loss of each row and its KL(q||p). (r,V), (r,V), (r,) -> two (r,)."""
     logp = F.log_softmax(teacher_logits, -1)        # (r,V)
@@ -84,9 +84,9 @@ def train(cfg) -> dict:
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
-    before = evaluate_test(student)  # ahead of run.start, which may load a later student
+    before = evaluate_test(student)  # before run.start: --resume loads a later student there
 
-    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000: runs have a few hundred
+    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000, because runs are short
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     start = run.start(data.hash, student=student, optimizer=optimizer)
@@ -111,12 +111,12 @@ def train(cfg) -> dict:
             with common.precision(cfg, run.device):
                 student_hidden = common.response_states(student, batch)                 # (R,H)
                 teacher_hidden = common.response_states(teacher, batch.for_teacher)     # (R,H)
-            # logits of all R rows would take most of the memory
+            # in chunks, because the logits of all R rows need much memory
             for rows, part in common.in_chunks(student_hidden, student):
                 student_logits = common.logits_of(student, part)                        # (r,V)
                 teacher_logits = common.logits_of(teacher, teacher_hidden[rows])        # (r,V)
                 loss, kl = loss_of(student_logits, teacher_logits, batch.targets[rows], cfg.form)
-                (loss.sum() / n_tokens).backward()  # one denominator for the whole step
+                (loss.sum() / n_tokens).backward()  # n_tokens is of the whole step
                 totals += torch.stack([loss.detach().sum(), kl.detach().sum()])
         totals /= n_tokens
         common.reduce_gradients(student, totals)
