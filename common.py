@@ -408,7 +408,8 @@ class Run:
         """Log the metrics of the validation rows, and show two responses."""
         self.log(step, **{f"valid/{k}": v for k, v in metrics.items()})
         for g in generations[:2]:
-            print(f"      {str(g['prompt'])[:90]!r} -> {g['sample'][:160]!r}", flush=True)
+            prompt = g["prompt"] if isinstance(g["prompt"], str) else g["prompt"][-1]["content"]
+            print(f"      {prompt[:90]!r} -> {g['sample'][:160]!r}", flush=True)
 
     def end_step(self, step, **parts):
         """After every optimizer step; `step` of them are done. Save when it is time, after the last
