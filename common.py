@@ -98,7 +98,7 @@ class Settings:
     template: str = "auto"           # prompt with {columns}; auto: chat template, else {prompt}\n
     teacher_template: str = ""       # the teacher's, if it differs; auto: its own chat template
     max_prompt: int = 256            # tokens; longer prompts lose their beginning
-    max_response: int = 256          # tokens; longer responses lose their end, and with it EOS
+    max_response: int = 64           # tokens; longer ones lose their end; for real data 256 or more
     holdout: float = 0.05            # of data without splits: for validation, and again for test
     # optimization
     steps: int = 500                 # optimizer steps; 0 only evaluates

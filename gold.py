@@ -78,7 +78,6 @@ class Config(common.Settings):
     scorer_lr: float = 2e-3          # constant rate of the scorer; for pretrained models 5e-5
     ce_weight: float = 0.1           # of the cross entropy in Eq. 5; paper's code: 1, .1 or .01
     reverse_ce_weight: float = 1.0   # of the reverse cross entropy
-    max_response: int = 64           # tokens of the student's answer
     steps: int = 1000                # optimizer steps of the student; 0: the LLM writes only
     batch_size: int = 32             # sequences of one optimizer step
     lr: float = 5e-3                 # peak; for pretrained models 1e-5 to 5e-5
