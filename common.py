@@ -465,12 +465,13 @@ class Run:
                 student.save_pretrained(self.dir / "student")
                 student.tokenizer.save_pretrained(self.dir / "student")
                 lines = [json.dumps(g, ensure_ascii=False) + "\n" for g in generations]
-                write(self.dir / "generations.jsonl", "".join(lines))
+                if lines:
+                    write(self.dir / "generations.jsonl", "".join(lines))
                 write(self.dir / "result.json", json.dumps(result, indent=1))
         if processes()[1] > 1:
             dist.barrier()
-        print(f"\n{self.elapsed():.0f} s. The student is in {self.dir / 'student'}; beside it, "
-              "generations.jsonl\nholds its responses and result.json all numbers.", flush=True)
+        files = "generations.jsonl and result.json" if generations else "result.json"
+        print(f"\n{self.elapsed():.0f} s. {self.dir} holds student/, {files}", flush=True)
         return result
 
 
