@@ -465,8 +465,7 @@ class Run:
                 student.save_pretrained(self.dir / "student")
                 student.tokenizer.save_pretrained(self.dir / "student")
                 lines = [json.dumps(g, ensure_ascii=False) + "\n" for g in generations]
-                if lines:
-                    write(self.dir / "generations.jsonl", "".join(lines))
+                write(self.dir / "generations.jsonl", "".join(lines))
                 write(self.dir / "result.json", json.dumps(result, indent=1))
         if processes()[1] > 1:
             dist.barrier()
