@@ -101,7 +101,7 @@ class Settings:
     max_response: int = 64           # tokens; longer ones lose their end; for real data 256 or more
     holdout: float = 0.05            # of data without splits: for validation, and again for test
     # optimization
-    steps: int = 400                 # optimizer steps; 0 only evaluates
+    steps: int = 300                 # optimizer steps; 0 only evaluates
     batch_size: int = 64             # sequences of one optimizer step
     accum: int = 1                   # micro-batches of a step; raise it when memory runs out
     lr: float = 3e-3                 # peak; for pretrained models 1e-5 to 5e-5

@@ -65,7 +65,7 @@ class Config(common.Settings):
     data: str = str(PREPARE.parent)  # folder with a file or folder of text for each domain
     domains: str = ""                # name=source,...; source: file, folder, pattern, hub
     max_tokens: int = 64             # tokens of a packed sequence; for pretrained models 2048
-    steps: int = 600                 # optimizer steps; 0 only evaluates
+    steps: int = 480                 # optimizer steps; 0 only evaluates
     batch_size: int = 24             # sequences of one optimizer step
     eval_every: int = 30             # steps between gap lines; DDK logs each interval, too
     eval_rows: int = 200             # most test sequences of a domain

@@ -54,7 +54,7 @@ class Config(common.Settings):
     value: Literal["max", "mean", "lse"] = "max"  # V of a state: max (Bellman), mean, logsumexp
     baseline: Literal["none", "value", "mean"] = "none"  # V of the state, or others' mean
     sync: int = 1                    # steps between refreshes of the sampler; 1: on policy, ratio 1
-    steps: int = 600                 # optimizer steps; 0 only evaluates
+    steps: int = 400                 # optimizer steps; 0 only evaluates
     lr: float = 1e-3                 # peak; for pretrained models 1e-6 to 1e-5
 
 
