@@ -35,7 +35,8 @@ training `margin` far above 0 is overfitting of old pairs, and `nll_student` (-l
     python dpkd.py                                         fresh student responses at every step
     python dpkd.py --refresh 0 --beta 0.1                  frozen ones: collapses
     python dpkd.py --preference 0 --anchor 1               the anchor alone: SeqKD
-    python dpkd.py --teacher gpt2-xl --student gpt2 --data my.jsonl --corpus books.txt --lm-coef 0.5
+    python dpkd.py --teacher gpt2-xl --student gpt2 --data my.jsonl --max-response 256 --lr 1e-5 \
+        --corpus books.txt --lm-coef 0.5 --accum 8
 """
 import sys
 from dataclasses import dataclass, replace

@@ -34,7 +34,7 @@ less: under SFT it falls while kl_pq rises, because the student memorises its la
     python kd_forward.py --responses teacher             KD on the teacher's responses: lowest kl_pq
     python kd_forward.py --steps 0                       only evaluate
     python kd_forward.py --teacher Qwen/Qwen2.5-1.5B --student Qwen/Qwen2.5-0.5B --data my.jsonl \
-        --lr 1e-5 --batch-size 32 --accum 4
+        --max-response 512 --lr 1e-5 --batch-size 32 --accum 4
 """
 import sys
 from dataclasses import dataclass

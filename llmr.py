@@ -35,7 +35,8 @@ samples falls as the student gives up wordings: see `wording_distance`. The loss
     python llmr.py --value lse                       log p(y|x) as the return
     python llmr.py --baseline value                  the advantages from t on as weight
     python llmr.py --sync 50                         a stale sampler and its importance ratio
-    python llmr.py --teacher Qwen/Qwen2.5-1.5B --student my-kl-student --data my.jsonl --lr 1e-6
+    python llmr.py --teacher Qwen/Qwen2.5-1.5B --student my-kl-student --data my.jsonl \
+        --max-response 512 --lr 1e-6 --accum 8
 """
 import copy
 import sys
