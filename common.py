@@ -126,11 +126,6 @@ class Settings:
 
     unused = ()  # settings without effect in a script: its command line does not have them
 
-    def __post_init__(self):  # a shell expands ~ in --out ~/run, but not in --out=~/run
-        for name, value in vars(self).items():
-            if isinstance(value, str) and value.startswith("~"):
-                setattr(self, name, os.path.expanduser(value))
-
 
 # what may change when a run is resumed, because it does not change what is learned
 FREE = ("accum", "eval_every", "log_every", "save_every", "device", "compile", "recompute",
@@ -162,8 +157,9 @@ def parse_args(config_class, argv=None):
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(f.type) is Literal:
             options["choices"] = typing.get_args(f.type)
-        else:
-            options |= {"type": f.type, "metavar": f.type.__name__}
+        else:  # a shell expands ~ in --out ~/run, but not in --out=~/run
+            kind = os.path.expanduser if f.type is str else f.type
+            options |= {"type": kind, "metavar": f.type.__name__}
         parser.add_argument("--" + name.replace("_", "-"), **options)
     argv = sys.argv[1:] if argv is None else argv
     words = [re.sub("^--[^=]*", lambda m: m[0].replace("_", "-"), word) for word in argv]
@@ -498,7 +494,7 @@ def write(path, content):
         raise BadInput(f"{path} cannot be written ({e}): make room, then --resume") from e
 
 
-# --- Models. A loaded one also carries `tokenizer`, and `vocab`: how many logits are used ---------
+# --- Models. A loaded one also carries `role`, `tokenizer` and `vocab`, how many logits are used --
 def model_path(cfg, role):
     """The names teacher, student and student-kl mean the models in the folder of --data."""
     name = getattr(cfg, role)
@@ -514,19 +510,18 @@ def load_model(path, role, device, dtype=torch.float32, seed=0):
     """A decoder-only or encoder-decoder model in eval mode, with its tokenizer. BadInput where
     weights are missing: transformers would fill the gaps with random numbers."""
     with blaming(f"--{role} {path}"):
-        local = Path(path).is_dir()
-        files = [f.name for f in Path(path).iterdir()] if local else ["tokenizer.json"]
-        if not local and (os.path.exists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)):
+        files = [f.name for f in Path(path).iterdir()] if Path(path).is_dir() else []
+        if not files and (os.path.exists(path) or path.count("/") > 1):
             raise ValueError("there is no such directory")
         if "adapter_config.json" in files:
             raise ValueError("this is an adapter: merge it into its base model first")
-        if not any(re.match("tokenizer|vocab|spiece|sentencepiece", f) for f in files):
+        if files and not any(re.match("tokenizer|vocab|spiece|sentencepiece", f) for f in files):
             raise ValueError("no tokenizer is there: save one beside the model")
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         weights = r"\.(safetensors|bin|h5|msgpack|gguf|ckpt|pth?)(\.index\.json)?$"
-        if role == "student" and local and not any(re.search(weights, f) for f in files):
+        if role == "student" and files and not any(re.search(weights, f) for f in files):
             print(f"{path} holds no weights: the student starts from random ones")
             torch.manual_seed(seed)
             model = auto.from_config(config).to(dtype)
@@ -538,20 +533,20 @@ def load_model(path, role, device, dtype=torch.float32, seed=0):
                 raise ValueError(f"{name} is {tuple(in_file)} in the weights and {tuple(in_model)} "
                                  "in config.json: these files do not belong together")
             missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-            also = f" {len(extra)} others are not used, such as {extra[0]}." if extra else ""
+            if extra:
+                print(f"{path}: {len(extra)} weights are not used, such as {extra[0]}")
             if missing:
                 raise ValueError(f"{len(missing)} weights are missing and would be random, such as "
-                                 f"{missing[0]}.{also} Save the model with save_pretrained")
-            if extra:
-                print(f"{path}: all weights are there.{also}")
+                                 f"{missing[0]}: save the model with save_pretrained")
     model = model.to(device).eval()  # from_config gives training mode
-    model.tokenizer, model.vocab = tokenizer, len(model.get_output_embeddings().weight)
-    set_eos(model, path, role)
+    model.role, model.tokenizer = role, tokenizer
+    model.vocab = len(model.get_output_embeddings().weight)
+    set_eos(model, f"--{role} {path}")
     check_model(model, f"--{role} {path}")
     return model
 
 
-def set_eos(model, path, role):
+def set_eos(model, name):
     """Let EOS be what ends a response. Gemma's and Phi-3's tokenizers name the token that ends a
     whole text; only the generation config lists the one that ends a turn of a chat."""
     tokenizer, ends = model.tokenizer, model.generation_config.eos_token_id
@@ -564,10 +559,9 @@ def set_eos(model, path, role):
             ids = [i for i in tokenizer(text, add_special_tokens=False).input_ids[:1] if i in ends]
     if ids and ids[0] != tokenizer.eos_token_id:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[0])
-        print(f"{path}: responses end with {tokenizer.eos_token}, as the generation config says")
+        print(f"{name}: responses end with {tokenizer.eos_token}, as the generation config says")
     if tokenizer.eos_token_id is None:
-        raise BadInput(f"--{role} {path}: the tokenizer has no end-of-sequence token, and without "
-                       "one no response could end")
+        raise BadInput(f"{name}: the tokenizer has no end-of-sequence token to end a response with")
 
 
 @torch.no_grad()
@@ -578,23 +572,23 @@ def check_model(model, name):
         if getattr(config, k, None) not in (None, 0, 1):
             raise BadInput(f"{name}: {type(model).__name__} changes its logits after the output "
                            f"head ({k}), and the losses here do not: choose another model")
-    examples = [Example([3, 4, 5, 6], [], [4, 3, 5]), Example([4], [], [5, 3])]
-    batch, theirs = collate(examples, model).to(model.device), []
-    ids = lambda *parts: torch.tensor([sum(parts, [])], device=model.device)
+    pairs = [([3, 4, 5, 6], [4, 3, 5]), ([4], [5, 3])]
+    batch = collate([Example(x, x, y) for x, y in pairs], model).to(model.device)
+    ids = lambda tokens: torch.tensor([tokens], device=model.device)
     with blaming(f"{name}: {type(model).__name__} is not built like GPT-2, Llama, Qwen or T5"):
-        ours = logits_of(model, response_states(model, batch))
-        for e in examples:  # one by one, so without padding
-            start = [model.config.decoder_start_token_id] if is_encdec(model) else []
-            alone = (model(input_ids=ids(e.prompt), decoder_input_ids=ids(start, e.response))
-                     if start else model(input_ids=ids(e.prompt, e.response))).logits[0]
-            theirs.append(alone[-1 - len(e.response):-1].float())
-        if not is_encdec(model):
-            cache = DynamicCache(config=config)
-            model.base_model(input_ids=ids(batch.examples[0].prompt), past_key_values=cache,
-                             use_cache=True)
-            kinds = {type(layer) for layer in cache.layers}
-            if kinds - {DynamicLayer, DynamicSlidingWindowLayer} or cache.get_seq_length() != 4:
-                raise ValueError("it keeps no cache of keys and values, and the sampler needs one")
+        ours, theirs = logits_of(model, response_states(model, batch)), []
+        for x, y in pairs:  # one by one, so without padding
+            if is_encdec(model):
+                start = [model.config.decoder_start_token_id]
+                out = model(input_ids=ids(x), decoder_input_ids=ids(start + y), use_cache=False)
+            else:
+                cache = DynamicCache(config=config)
+                out = model(input_ids=ids(x + y), past_key_values=cache, use_cache=True)
+                kinds = {type(layer) for layer in cache.layers}
+                plain = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+                if not plain or cache.get_seq_length() != len(x + y):
+                    raise ValueError("it keeps no cache of keys and values, as sampling needs")
+            theirs.append(out.logits[0, -1 - len(y):-1].float())
     theirs = torch.cat(theirs)
     if (ours - theirs).abs().max() > 0.02 * theirs.abs().max() + 1e-3:
         raise BadInput(f"{name}: the logits of {type(model).__name__} are not its output head "
@@ -845,6 +839,9 @@ class Example:
     response: list          # token ids with EOS; without EOS where it was cut; [] where none is
     row: dict = field(default_factory=dict)
 
+    def prompt_of(self, model):
+        return self.teacher_prompt if model.role == "teacher" else self.prompt
+
 
 def tokenize(tokenizer, texts):
     """Texts of users -> lists of token ids. The text of a special token is read as plain text."""
@@ -1086,14 +1083,14 @@ def pad(lists, left=False):
     return torch.tensor([fill + x if left else x + fill for fill, x in zip(fills, lists)])
 
 
-def collate(examples, model, role="student"):
+def collate(examples, model):
     """Examples -> Batch on the CPU. Masks come from lengths, never from ids: pad may equal EOS.
 
     The shift by one token is made here and nowhere else. Of the prompt a b and the response
     c d EOS, tokens are a b c d EOS (T = 5); c is predicted at b, so positions are 1 2 3, and
     targets are c d EOS.
     """
-    prompts = [e.prompt if role == "student" else e.teacher_prompt for e in examples]
+    prompts = [e.prompt_of(model) for e in examples]
     responses = [e.response for e in examples]
     lengths = torch.tensor([len(r) for r in responses])
     targets = torch.tensor([t for r in responses for t in r], dtype=torch.long)
@@ -1115,7 +1112,7 @@ def make_batch(examples, student, teacher=None):
     """Examples -> Batch on the device of the student, with the teacher's view of them."""
     batch = collate(examples, student).to(student.device)
     if teacher:
-        batch.for_teacher = collate(examples, teacher, "teacher").to(teacher.device)
+        batch.for_teacher = collate(examples, teacher).to(teacher.device)
     return batch
 
 
@@ -1323,9 +1320,9 @@ def gumbel(like, generator):
     return noise.clamp_(min=1e-30).log_().neg_()
 
 
-def respond(model, examples, cfg, temperature=1.0, seed=0, role="student"):
+def respond(model, examples, cfg, temperature=1.0, seed=0):
     """Copies of the examples with responses of the model, of at most --max-response tokens."""
-    prompts = [e.prompt if role == "student" else e.teacher_prompt for e in examples]
+    prompts = [e.prompt_of(model) for e in examples]
     with precision(cfg, model.device):
         responses = sample(model, prompts, cfg.max_response, temperature, seed=seed)
     return [dataclasses.replace(e, response=r) for e, r in zip(examples, responses)]
@@ -1344,7 +1341,7 @@ def teacher_responses(teacher, examples, cfg):
     def ask():
         if not file.is_file():
             print(f"the teacher responds to {len(examples)} prompts ...", flush=True)
-            answered = respond(teacher, examples, cfg, seed=cfg.seed, role="teacher")
+            answered = respond(teacher, examples, cfg, seed=cfg.seed)
             with blaming("XDG_CACHE_HOME, where the teacher's responses are kept"):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write(file, json.dumps([e.response for e in answered]))
@@ -1393,15 +1390,15 @@ def same_words(text, references):
 
 
 @torch.no_grad()
-def per_response(function, model, examples, cfg, role="student", teacher=None, batch_size=64):
+def per_response(function, model, examples, cfg, teacher=None, batch_size=64):
     """(n,k) float64 on the CPU: the values of `row_values`, summed over the tokens of each of n
-    responses. `role` says whose prompts the model reads. Without dropout."""
+    responses. Without dropout."""
     sums, was_training = [], model.training
     model.eval()
     for i in range(0, len(examples), batch_size):
         part = examples[i:i + batch_size]
-        batch = collate(part, model, role).to(model.device)
-        teacher_batch = teacher and collate(part, teacher, "teacher").to(model.device)
+        batch = collate(part, model).to(model.device)
+        teacher_batch = teacher and collate(part, teacher).to(model.device)
         with precision(cfg, model.device):
             values = row_values(function, model, batch, teacher, teacher_batch)
         zeros = values.new_zeros(len(part), values.shape[-1])
@@ -1443,21 +1440,19 @@ class Evaluator:
         if self.known and len(counts) > 1:
             raise BadInput(f"--data {cfg.data}: rows with probs need equally many references")
         if teacher and cfg.kl_on == "samples":
-            self.from_teacher = respond(teacher, examples, cfg, 1.0, seed, "teacher")
+            self.from_teacher = respond(teacher, examples, cfg, 1.0, seed)
         if teacher and self.known:
-            self.teacher_shares = self.shares(self.right_mass(teacher, "teacher", 1.0))
+            self.teacher_shares = self.shares(self.right_mass(teacher, 1.0))
 
     def __call__(self, model):
-        cfg, role, tau = self.cfg, "student", self.cfg.eval_temperature
-        if model is self.teacher:
-            role, tau = "teacher", 1.0
-        drawn = respond(model, self.examples, cfg, tau, self.seed + 1, role)
-        greedy = respond(model, self.examples, cfg, 0.0, self.seed + 1, role)
+        cfg, tau = self.cfg, 1.0 if model is self.teacher else self.cfg.eval_temperature
+        drawn = respond(model, self.examples, cfg, tau, self.seed + 1)
+        greedy = respond(model, self.examples, cfg, 0.0, self.seed + 1)
         self.write_down(model, drawn, greedy)
 
         def mean(function, examples, k=0, teacher=None):
             at_tau = lambda logits, *others: function(logits / tau, *others)
-            values = per_response(at_tau, model, examples, cfg, role, teacher)
+            values = per_response(at_tau, model, examples, cfg, teacher)
             return values[:, k].mean().item()
 
         m = {}
@@ -1468,7 +1463,7 @@ class Evaluator:
             m["kl_qp"] = 0.0 if same else mean(both_kl, from_model, 1, self.teacher)
         scored = [(g["greedy"], g["references"]) for g in self.generations if g["references"]]
         if self.known:
-            mass = self.right_mass(model, role, tau)
+            mass = self.right_mass(model, tau)
             m["right"] = mass.sum(-1).mean().item()
             m["right_greedy"] = float(np.mean([same_words(*pair) for pair in scored]))
             if self.teacher:
@@ -1496,13 +1491,13 @@ class Evaluator:
             self.generations.append({"prompt": row["prompt"], "greedy": text(best),
                                      "sample": text(one), "references": references})
 
-    def right_mass(self, model, role, tau):
+    def right_mass(self, model, tau):
         """(rows, wordings): the exact probability of every right response."""
         ids = lambda text: model.tokenizer(text, add_special_tokens=False).input_ids
         right = [dataclasses.replace(e, response=ids(r) + [model.tokenizer.eos_token_id])
                  for e in self.examples for r in e.row["references"]]
         at_tau = lambda logits, _, targets: (log_softmax_at(logits / tau, targets),)
-        logprobs = per_response(at_tau, model, right, self.cfg, role)
+        logprobs = per_response(at_tau, model, right, self.cfg)
         return logprobs.exp().view(len(self.examples), -1)
 
     def shares(self, mass):

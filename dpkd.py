@@ -90,9 +90,9 @@ def response_logprobs(model, batch):
     return logprobs.new_zeros(len(batch.lengths)).index_add(0, batch.owner, logprobs)
 
 
-def fixed_logprobs(model, examples, cfg, role):
+def fixed_logprobs(model, examples, cfg):
     """log-probabilities of whole responses without gradient: (len(examples),) on the CPU."""
-    return common.per_response(common.log_likelihood, model, examples, cfg, role)[:, 0].float()
+    return common.per_response(common.log_likelihood, model, examples, cfg)[:, 0].float()
 
 
 # logged of a step: means over pairs, but ce is a mean over tokens
@@ -124,7 +124,7 @@ def draw_due(step, ids, drawn, examples, student, teacher, cfg):
         # not the seed of y^p: a student equal to its teacher would copy y^p
         seed = common.sample_seed(cfg.seed + 1, step)
         answered = common.respond(student, asked, cfg, seed=seed)
-        logps = fixed_logprobs(teacher, answered, cfg, "teacher").tolist()
+        logps = fixed_logprobs(teacher, answered, cfg).tolist()
         return {i: (e.response, logp) for i, e, logp in zip(due, answered, logps)}
 
     drawn.clear()
@@ -135,15 +135,15 @@ def fresh_pairs(teacher, student, examples, cfg):
     """A function () -> metrics of pairs that nothing was trained on: the teacher's response is
     drawn once, the student's anew at every call."""
     seed = common.sample_seed(cfg.seed + 1, -1)
-    by_teacher = common.respond(teacher, examples, cfg, seed=seed, role="teacher")
-    logp_teacher = fixed_logprobs(teacher, by_teacher, cfg, "teacher")
+    by_teacher = common.respond(teacher, examples, cfg, seed=seed)
+    logp_teacher = fixed_logprobs(teacher, by_teacher, cfg)
     lengths = lambda answered: torch.tensor([len(e.response) for e in answered])
 
     def evaluate():
         by_student = common.respond(student, examples, cfg, seed=seed - 1)
-        logp_student = fixed_logprobs(teacher, by_student, cfg, "teacher")
-        logq_teacher = fixed_logprobs(student, by_teacher, cfg, "student")
-        logq_student = fixed_logprobs(student, by_student, cfg, "student")
+        logp_student = fixed_logprobs(teacher, by_student, cfg)
+        logq_teacher = fixed_logprobs(student, by_teacher, cfg)
+        logq_student = fixed_logprobs(student, by_student, cfg)
         _, margin = preference_loss(logq_teacher, logp_teacher, logq_student, logp_student,
                                     lengths(by_teacher), lengths(by_student), cfg.beta,
                                     cfg.length_norm)
@@ -185,7 +185,7 @@ def train(cfg) -> dict:
     corpus, before_text = load_corpus(cfg, student.tokenizer)
     if cfg.steps:  # the teacher's response to every training prompt, and its log p, never change
         examples = common.teacher_responses(teacher, data.train, cfg)
-        logp_of_teacher = fixed_logprobs(teacher, examples, cfg, "teacher").to(device)
+        logp_of_teacher = fixed_logprobs(teacher, examples, cfg).to(device)
         evaluate_fresh = fresh_pairs(teacher, student, data.valid, cfg)
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)

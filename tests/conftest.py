@@ -76,6 +76,7 @@ def small_model(kind, size, vocab, seed=0, **changes):
     model = auto.from_config(config)
     for p in model.parameters():  # such small initial weights give nearly uniform distributions
         p.data *= 8.0 if p.dim() > 1 and name != "t5" else 1.0
+    model.role = "student"
     return model.eval()
 
 

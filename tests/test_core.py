@@ -64,7 +64,8 @@ def test_collate_shifts_the_response_of_an_encoder_decoder_and_masks_by_length()
     assert batch.tokens.tolist() == [[5, 0], [9, 0]] and batch.mask.tolist() == [[1, 1], [1, 0]]
     assert batch.decoder_tokens.tolist() == [[0, 7, 8], [0, 0, 0]]
     assert batch.positions.tolist() == [0, 1, 2, 3] and batch.targets.tolist() == [7, 8, 1, 3]
-    teachers = common.collate([Example([5], [8, 8, 8], [7])], model, "teacher")
+    model.role = "teacher"
+    teachers = common.collate([Example([5], [8, 8, 8], [7])], model)
     assert teachers.tokens.tolist() == [[8, 8, 8]]
 
 

@@ -27,7 +27,7 @@ def model(kind, seed):
     backend = Tokenizer(models.WordLevel(dict(zip(WORDS, range(V))), "<eos>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-    made.vocab = V
+    made.vocab, made.role = V, "teacher" if seed == 2 else "student"
     return made
 
 
@@ -180,16 +180,15 @@ def test_an_evaluation_repeats_and_leaves_dropout_out_and_training_mode_on():
 def test_the_teachers_samples_are_drawn_apart_from_those_of_the_measured_model(monkeypatch):
     """Else a student that is like its teacher would say the same by the same random numbers."""
     seeds, respond = [], common.respond
-    monkeypatch.setattr(common, "respond", lambda m, rows, cfg, tau, seed, role: seeds.append(
-        (role, tau, seed)) or respond(m, rows, cfg, tau, seed, role))
+    monkeypatch.setattr(common, "respond", lambda m, rows, cfg, tau, seed: seeds.append(
+        (m.role, tau, seed)) or respond(m, rows, cfg, tau, seed))
     common.Evaluator(CFG, model("gpt2", 2), examples())(model("gpt2", 1))
     assert len({seed for _, tau, seed in seeds if tau}) == 2
 
 
 def test_per_response_gives_sums_that_depend_neither_on_batches_nor_on_chunks(monkeypatch):
     student, teacher, rows = model("gpt2", 1), model("gpt2", 2), examples()[:2] * 5
-    measure = lambda size: common.per_response(common.both_kl, student, rows, CFG, "student",
-                                               teacher, size)
+    measure = lambda size: common.per_response(common.both_kl, student, rows, CFG, teacher, size)
     whole = measure(64)
     assert whole.shape == (10, 2) and whole.dtype == torch.float64
     monkeypatch.setattr(common, "chunk_slices", lambda hidden, m: [

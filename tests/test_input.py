@@ -231,9 +231,9 @@ BAD = {
     "no model in the data": bad("--student student-kl", "student-kl", "name a model"),
     "model is a file": bad("--student rows.jsonl", "--student rows.jsonl", "no such directory",
                            files={"rows.jsonl": ROW}),
-    "prefixed keys": bad("", "--student", "missing", "lm_head.weight", "module.lm_head.weight",
+    "prefixed keys": bad("", "--student", "missing", "lm_head.weight",
                          student=prefixed("module.")),
-    "compiled keys": bad("", "--teacher", "missing", "_orig_mod.", teacher=prefixed("_orig_mod.")),
+    "compiled keys": bad("", "--teacher", "missing", teacher=prefixed("_orig_mod.")),
     "one tensor is missing": bad("", "--student", "model.layers.1.mlp.up_proj.weight",
                                  student=without("layers.1.mlp.up_proj")),
     "head is missing": bad("", "--student", "lm_head.weight", student=without("lm_head")),
@@ -563,7 +563,7 @@ def test_a_tied_head_may_stand_in_the_file_or_not(kind, edited):
 def test_weights_that_are_not_used_are_said_in_a_line(edited, capsys):
     path = edited("student", weights(lambda w: {**w, "value_head.weight": torch.ones(3)}))
     common.load_model(str(path), "student", CPU)
-    assert "1 others are not used, such as value_head.weight" in capsys.readouterr().out
+    assert "1 weights are not used, such as value_head.weight" in capsys.readouterr().out
 
 
 def test_a_student_without_weights_starts_at_random_by_its_seed(edited, capsys):
@@ -585,7 +585,7 @@ def test_families_work_or_are_refused_with_their_reason(kind, changes, words):
         model = AutoModelForCausalLM.from_config(config).eval()
     else:
         model = small_model(kind, 16, 40, **changes)
-    model.tokenizer, model.vocab = small_tokenizer(), 40
+    model.tokenizer, model.vocab, model.role = small_tokenizer(), 40, "student"
     if not words:
         return common.check_model(model, "--student x")
     with pytest.raises(common.BadInput, match=words) as caught:
@@ -608,11 +608,10 @@ def test_a_tilde_is_the_home_directory_in_every_path(pair, tmp_path, monkeypatch
     for path, name in zip(pair("llama"), ("teacher", "student")):
         shutil.copytree(path, tmp_path / "own" / name)
     shutil.copy(rows_file, tmp_path / "own/train.jsonl")
-    cfg = small_run(kd_forward.Config, ("teacher", "student"), "~/own", "~/run", steps=1)
+    cfg = common.parse_args(kd_forward.Config, ["--data=~/own", "--out=~/run", "--steps=0",
+                                                 "--max-prompt=24", "--max-response=8"])
     kd_forward.train(cfg)
-    kd_forward.train(small_run(kd_forward.Config, ("~/run/student", "~/own/student"),
-                               "~/own/train.jsonl", "~/two", steps=0))
-    assert (tmp_path / "run/result.json").exists() and (tmp_path / "two/result.json").exists()
+    assert (tmp_path / "run/result.json").exists()
 
 
 def test_rouge_l_counts_words_of_any_script():

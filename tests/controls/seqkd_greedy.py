@@ -58,7 +58,7 @@ def train(cfg) -> dict:
     data = common.load_data(cfg, rows, student, teacher)
     examples = data.train  # with or without responses
     if cfg.steps:
-        examples = common.respond(teacher, examples, cfg, temperature=0.0, role="teacher")
+        examples = common.respond(teacher, examples, cfg, temperature=0.0)
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)

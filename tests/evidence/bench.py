@@ -56,7 +56,7 @@ def model(hidden, layers, vocab, seed, dtype=torch.float32):
         num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=1024,
         tie_word_embeddings=True, eos_token_id=0, pad_token_id=0)
     made = LlamaForCausalLM(config).to(DEVICE, dtype).eval()
-    made.vocab, made.tokenizer = vocab, SimpleNamespace(eos_token_id=0)
+    made.vocab, made.tokenizer, made.role = vocab, SimpleNamespace(eos_token_id=0), "student"
     return made
 
 
@@ -298,12 +298,12 @@ def dpkd_step(name, vocab=32_000, beta=0.1):
     responses of both models in full, (2B,T,V), at every step. Ours scores y^p once for the run."""
     teacher, cfg = teacher_model(vocab), dpkd.Config(dtype="float32", beta=beta)
     drawn = [replace(a, response=b.response) for a, b in zip(examples(vocab), examples(vocab, 1))]
-    logp_teacher = dpkd.fixed_logprobs(teacher, examples(vocab), cfg, "teacher").to(DEVICE)
+    logp_teacher = dpkd.fixed_logprobs(teacher, examples(vocab), cfg).to(DEVICE)
     both = torch.tensor([e.prompt + e.response for e in examples(vocab) + drawn], device=DEVICE)
     chosen = examples(vocab)
 
     def ours(student):  # as in dpkd.draw_due and dpkd.train
-        logp_student = dpkd.fixed_logprobs(teacher, drawn, cfg, "teacher").to(DEVICE)
+        logp_student = dpkd.fixed_logprobs(teacher, drawn, cfg).to(DEVICE)
         by_teacher = common.make_batch(chosen, student)
         logq_teacher = dpkd.response_logprobs(student, by_teacher)
         by_student = common.make_batch(drawn, student)

@@ -46,7 +46,8 @@ def qwen(size, small, dtype=torch.float32):
             num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=2,
             max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=0, pad_token_id=0))
     model = model.to(dtype).eval()
-    model.vocab, model.tokenizer = model.config.vocab_size, bench.SimpleNamespace(eos_token_id=0)
+    model.vocab, model.role = model.config.vocab_size, "student"
+    model.tokenizer = bench.SimpleNamespace(eos_token_id=0)
     return model
 
 
