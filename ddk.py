@@ -15,9 +15,8 @@ frozen teacher p on fixed validation text of domain i. An interval is K steps. F
     p_tau = softmax(teacher_logits / tau), q_tau likewise. In the code: r shares, log r log_shares,
     K cfg.interval; smoothing (the paper's alpha), gamma and tau are in cfg.
 
-(2) multiplies the old shares by exp(gap); it is no moving average. Of the data, 1 - smoothing is
-always uniform, so no domain starves. Only differences between gaps count. Noise
-costs p and q the same, so its gap is near 1 and its share near (1 - smoothing) / D.
+The share 1 - smoothing of the data is always uniform, so no domain starves. Noise costs p and q the
+same, so its gap is near 1 and its share is small.
 
 What differs from the paper, and what it leaves open:
  1. KL(p||q), the "forward" KL. The paper prints KL(student, teacher); we read that as the arguments
@@ -25,7 +24,6 @@ What differs from the paper, and what it leaves open:
  2. (3) is a mean over batches drawn by r, as in Algorithm 1, and has no factor tau^2.
  3. Interval 0, the paper's "random sample", draws by domain size; r_0 is only a prior.
  4. A domain goes through all its sequences before one repeats. Documents are packed, with EOS.
- 5. The teacher is measured once, because it never changes. Test text only scores.
 
 What to watch: `gap_<domain>` falls towards 1, and `share_<domain>` follows it. `worst_gap` is what
 the method works on; read `mean_ce` too: more for one domain is less for others.

@@ -5,11 +5,9 @@ Models", 2024, arxiv.org/abs/2406.19774; code: https://github.com/microsoft/LMOp
 
 p is the teacher, q the student, x a prompt. y^p is a response that the teacher sampled (the paper's
 y_t), y^q one that the student sampled (its y_s); EOS, the end-of-sequence token, is part of both.
-For a reward r, E_q[r(x,y)] - beta KL(q||p) is largest at q = p exp(r/beta) / Z(x), so
-
-    r(x,y) = beta log q(y|x)/p(y|x) + beta log Z(x)                                Eqs. 2 to 5
-
-In the model of Bradley and Terry, Pr(y^p beats y^q) = sigmoid(r(y^p) - r(y^q)), Z(x) cancels:
+For a reward r, E_q[r(x,y)] - beta KL(q||p) is largest at q = p exp(r/beta) / Z(x). So q has the
+reward r(x,y) = beta log q(y|x)/p(y|x) + beta log Z(x) (Eqs. 2 to 5). In Bradley and Terry's model,
+Pr(y^p beats y^q) = sigmoid(r(y^p) - r(y^q)), Z(x) cancels:
 
     log_ratio(y) = log q(y|x) - log p(y|x)               a sum over the tokens of y
     margin       = beta log_ratio(y^p) - beta log_ratio(y^q)
@@ -17,11 +15,9 @@ In the model of Bradley and Terry, Pr(y^p beats y^q) = sigmoid(r(y^p) - r(y^q)),
     --length-norm: log_ratio(y) is divided by the number of tokens of y            Eq. 9
     total        = cfg.preference L + cfg.anchor CE(y^p) + cfg.lm_coef CE(corpus)  lm_coef: lambda
 
-DPO uses the frozen initial student instead of p, and labels by people. Here all depends on when y^q
-is drawn, and the paper leaves that open. With fresh y^q (--refresh 1), E[margin] = -beta [KL(p||q)
-+ KL(q||p)], and for small beta the gradient is beta/2 times that of KL(p||q): SeqKD with more
-variance. Frozen y^q (--refresh 0), drawn from the initial student q_0, drive q to
-p (p/q_0)^(1/beta), up to a factor: the student goes past p and collapses.
+The paper leaves open when y^q is drawn, and all depends on it. With fresh y^q (--refresh 1) and a
+small beta the gradient is beta/2 times that of KL(p||q): SeqKD with more variance. With frozen y^q
+(--refresh 0) the student goes past p and collapses.
 
 What differs from the paper:
  1. No length normalisation by default: it leaves Z(x) in; Eq. 9 does not follow from Eq. 2.
@@ -30,11 +26,11 @@ What differs from the paper:
  4. The released code has another loss, on single tokens: tests/controls/dpkd_token.py.
 
 What to watch: `fresh_margin`, on new pairs of validation prompts, rises to 0 as q nears p. A
-training `margin` far above 0 is overfitting of old pairs, and `nll_student` (-log q(y^q)) explodes.
+training `margin` far above 0 is overfitting of frozen pairs, and `nll_student` explodes.
 
-    python dpkd.py                                         fresh student responses at every step
-    python dpkd.py --refresh 0 --beta 0.1                  frozen ones: collapses
-    python dpkd.py --preference 0 --anchor 1               the anchor alone: SeqKD
+    python dpkd.py                               fresh student responses at every step
+    python dpkd.py --refresh 0 --beta 0.1        frozen ones: collapses
+    python dpkd.py --preference 0 --anchor 1     the anchor alone: SeqKD
     python dpkd.py --teacher gpt2-xl --student gpt2 --data my.jsonl --max-response 256 --lr 1e-5 \
         --corpus books.txt --lm-coef 0.5 --accum 8
 """

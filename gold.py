@@ -7,23 +7,22 @@ code: https://github.com/mgholamikn/GOLD. (A trainer of that name in TRL is anot
 The LLM p is a black box that gives text only. A task brings a description, K real samples and, for
 classification, labels. Round t asks for b training samples X_t, and then for b samples V_t that are
 to be different (the "OOD prompt": out of distribution). The strange but not strangest of V_t are
-the feedback F_t; round t + 1 shows it to the LLM if t + 1 is even.
+the feedback F_t; round t + 1 shows it to the LLM if t + 1 is even. All samples join the data set.
 
     X_t = p(task + real samples + F_{t-1})                                                      (1)
     V_t = p(task + real samples + F_{t-1} + X_t[:2] + "different from all above")               (2)
     E(x,y) = - mean_j log sum_v exp f_v(x, y_<j)     energy; f_v: the scorer's logit            (3)
     F_t = the samples of V_t with index floor(.5 b) to floor(.8 b) - 1, energy rising           (4)
 
-All of X_t and V_t join the data set. For classification a label is drawn first, and the LLM writes
-a text for it. The scorer f is a copy of the student, trained every few rounds on all samples so
-far; on new text its energy is high. At the end a fresh student q learns y from x:
+The scorer f is a copy of the student that is trained every few rounds. At the end a fresh student q
+learns y from x. Its loss, the symmetric CE, gives an unlikely label, often a wrong one, hardly any
+gradient:
 
-    L = mean over response tokens of
-        ce_weight (-log q_y) + reverse_ce_weight (-log 1e-4) (1 - q_y)      symmetric CE        (5)
+    L = mean over response tokens, whose probability is q_y, of
+        ce_weight (-log q_y) + reverse_ce_weight (-log 1e-4) (1 - q_y)                          (5)
 
-    q_y is the probability of the observed token. The second term is bounded: an unlikely label,
-    often a wrong one, gets hardly any gradient from it. In the code: X_t fresh, V_t
-    strange, F feedback, K the task's "shots", b cfg.round_size; paper's weights: alpha, beta.
+    In the code: X_t fresh, V_t strange, F feedback, K the task's "shots", b cfg.round_size; the
+    paper's names of the weights: alpha, beta.
 
 What differs from the paper (we know its abstract and the released code, which does not run as is):
  1. Energies and losses skip padding. The code averages over answers padded to 32 tokens.
@@ -32,8 +31,7 @@ What differs from the paper (we know its abstract and the released code, which d
  4. V_t is asked for in every round and task. Prompts show the label before the text.
 
 What to watch: `accuracy` on real test rows. `energy` has no zero: compare it within a round only.
-`asked` is how many texts the LLM wrote for each sample kept. Where topics are known, `modes` and
-`tail_mass` should rise, and `garbage` should not.
+`asked` is how many texts the LLM wrote for each sample kept. `modes` counts topics.
 
     python gold.py                              reviews: OOD prompt and energy band
     python gold.py --no-ood                     Eq. 1 alone, without feedback

@@ -14,23 +14,17 @@ q the student. At token t:
     tau^2 times smaller, and the factor tau^2 undoes this. In the code: alpha = cfg.alpha, tau =
     cfg.tau, logp = log p_tau, logq = log q_tau.
 
-Three classic baselines are settings of this loss:
-    KD      --alpha 1                        learn the teacher's distribution on given responses
-    SFT     --alpha 0                        learn the given responses, without a teacher
-    SeqKD   --alpha 0 --responses teacher    learn responses that the teacher wrote
-With --responses teacher --alpha 1, the KL summed over a response is on average the KL of whole
-responses, KL(p(y|x) || q(y|x)).
-
 What differs from the papers:
  1. SeqKD learns samples of the teacher at temperature 1. The paper takes the output of beam search.
  2. The mean runs over all response tokens of a step at once, so long responses weigh more.
  3. Prompts are not trained on. CE uses logits that are not divided by tau, as in Hinton et al.
 
-What to watch: `kl_pq` on validation prompts should fall: KD lowers it. The training loss shows
-less: under SFT it falls while kl_pq rises, because the student memorises its labels.
+What to watch: `kl_pq` on validation prompts should fall. The training loss shows less: under SFT it
+falls while kl_pq rises, because the student memorises its labels.
 
-    python kd_forward.py                                 KD on the labelled rows
-    python kd_forward.py --alpha 0                       SFT
+    python kd_forward.py                                 KD on the given responses
+    python kd_forward.py --alpha 0                       SFT: learn the given responses, no teacher
+    python kd_forward.py --alpha 0 --responses teacher   SeqKD: learn the teacher's responses
     python kd_forward.py --responses teacher             KD on the teacher's responses: lowest kl_pq
     python kd_forward.py --steps 0                       only evaluate
     python kd_forward.py --teacher Qwen/Qwen2.5-1.5B --student Qwen/Qwen2.5-0.5B --data my.jsonl \

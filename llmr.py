@@ -18,23 +18,21 @@ as action values, and Bellman's optimality equation then gives the reward. (Our 
     ratio (the paper's rho), W weights. --value chooses V: max, the mean under p, or logsumexp.
 
 With V = max the total reward is V(s_1) plus the advantages log p(a_t|s_t) - max_a log p(a|s_t).
-None is above 0, so the best response is the teacher's greedy one, and entropy goes to 0. With
---value lse the return G_1 is V(s_1) + log p(y|x), favouring short ones; mean favours long ones.
+None is above 0. So the best response is the teacher's greedy one, and entropy goes to 0.
 
 What differs from the paper (we read its abstract and its code, which lacks its settings):
- 1. Cut responses count, with V = 0 after their last token. A constant added to all logits of a
-    state cancels on average if all responses count and L is divided by a fixed number.
- 2. L is divided by responses; the release divides by tokens, and drops cut responses.
+ 1. Cut responses count, with V = 0 after their last token. The release drops them.
+ 2. L is divided by responses, a fixed number; the release divides by tokens.
  3. The student samples at temperature 1, untruncated, and the sampler is always fresh (--sync 1).
  4. The release clips W, divides returns, adds an entropy term: tests/controls/llmr_release.py.
 
 What to watch: `advantage`, summed over a response, is the objective and rises to 0. `nll` of the
 samples falls as the student gives up wordings: see `wording_distance`. The loss has no set goal.
 
-    python llmr.py                                   from the distilled student
-    python llmr.py --value lse                       log p(y|x) as the return
-    python llmr.py --baseline value                  the advantages from t on as weight
-    python llmr.py --sync 50                         a stale sampler and its importance ratio
+    python llmr.py                       from the distilled student
+    python llmr.py --value lse           the return is V(s_1) + log p(y|x), so short responses win
+    python llmr.py --baseline value      the weight is the sum of the advantages from t on
+    python llmr.py --sync 50             a stale sampler and its importance ratio
     python llmr.py --teacher Qwen/Qwen2.5-1.5B --student my-kl-student --data my.jsonl \
         --max-response 512 --lr 1e-6 --accum 8
 """
