@@ -1,267 +1,223 @@
-"""Draw the figures of README.md from the committed assets/results.jsonl.
+"""Draw the pictures of README.md and results.md from assets/results.csv, into assets/.
 
-    python tests/evidence/figures.py                    into assets/; needs matplotlib, which no script does
-    python tests/evidence/figures.py FILE FOLDER        other records, another folder
+    python tests/evidence/figures.py        needs matplotlib, which no script does
 
-One palette for all: a color stands for one method in every figure (`color_of`), blue for the teacher's text and red
-for the student's own where texts are shown.
+A dot or thick line is a mean over seeds, a thin line is one seed. A color stands for one method in
+all pictures.
 """
-import json
-import re
+import statistics
 import sys
 from pathlib import Path
 
-import numpy as np
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import results
 
-ROOT = Path(__file__).resolve().parents[2]
-# Okabe and Ito, for color-blind eyes, and one of Paul Tol's
-BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK, WINE = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
-PALETTE = {  # row, or what its name begins with; the longest that fits counts
-    "teacher": "0.6", "sft": ORANGE, "kd": SKY, "kd-teacher": BLUE, "kl": BLUE, "seqkd": GREEN, "reverse-kl": PINK,
-    "greedy": WINE, "seqkd-greedy": WINE, "dpkd": RED, "llmr": BLACK,
-    "natural": ORANGE, "uniform": GREEN, "static": BLUE, "no-smoothing": PINK, "ddk": RED,
-    "gold": RED, "gold-plain": BLUE, "gold-ood": GREEN, "gold-random": PINK, "gold-top": ORANGE, "t1-plain": SKY, "t1": BLACK,
-}
-DOMAINS = {"code": BLUE, "prose": GREEN, "log": ORANGE, "json": PINK, "csv": SKY, "noise": RED}
-TICKS = [.1, .2, .3, .4, .5, .7, 1, 3, 10, 30, 100, 300, 1000, 3000]  # of logarithmic axes
+ASSETS = results.ROOT / "assets"
+# Okabe and Ito's colors, for color-blind eyes, and one of Paul Tol's
+BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK, WINE, GRAY = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "0.55")
 
 
-def color_of(row):
-    fits = [name for name in PALETTE if row == name or row.startswith(name + "-")]
-    return PALETTE[max(fits, key=len)] if fits else "0.4"
-
-
-def spread(places, gap, low=-np.inf, high=np.inf):
-    """Places moved as little as possible until neighbours are gap apart: isotonic regression of place - rank gap."""
-    order, blocks = sorted(range(len(places)), key=lambda i: places[i]), []
-    for rank, i in enumerate(order):
-        blocks.append((places[i] - rank * gap, 1))
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            (a, n), (b, m) = blocks[-2:]
-            blocks[-2:] = [((n * a + m * b) / (n + m), n + m)]
-    flat = np.repeat([a for a, _ in blocks], [n for _, n in blocks]).clip(low, high - (len(places) - 1) * gap)
-    return [flat[order.index(i)] + order.index(i) * gap for i in range(len(places))]
-
-
-def panels(n, title, height=3.3, between=1.75, left=0.65, right=1.2, **kwargs):
-    """A figure 10.5 inches wide of n panels; margins in inches, so that labels at line ends find their place."""
+def canvas(n, title, height=3.6, width=10.5, **kwargs):
     import matplotlib.figure
     matplotlib.rc("axes", titlesize=10, titlelocation="left")
     matplotlib.rc("axes.spines", top=False, right=False)
-    figure = matplotlib.figure.Figure((10.5, height), dpi=160, facecolor="white")
-    axes = figure.subplots(1, n, **kwargs)
-    figure.subplots_adjust(left=left / 10.5, right=1 - right / 10.5, bottom=0.55 / height, top=1 - 0.65 / height,
-                           wspace=between * n / (10.5 - left - right - (n - 1) * between))
-    figure.suptitle(title, x=0.01, y=1 - 0.08 / height, ha="left", va="top", fontsize=11, fontweight="bold")
-    return figure, axes
+    matplotlib.rc("font", size=9)
+    figure = matplotlib.figure.Figure((width, height), dpi=150, layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure, figure.subplots(1, n, **kwargs)
 
 
-FINE = [1, 1.5, 2, 3, 5, 7, 10, 20, 30, 50, 100, 300]
+def mean(values, row, metric, part="after"):
+    return statistics.mean(results.per_seed(values, row, metric, part).values())
 
 
-def log_scale(axis, marks=TICKS):
-    """Logarithmic, on both sides of 0 if the data are; plain numbers as ticks, not powers of ten."""
-    both = axis.dataLim.y0 < 0
-    axis.set_yscale("symlog" if both else "log", **dict(linthresh=1, linscale=0.5) if both else {})
-    low, high = axis.get_ylim()
-    ticks = [t for t in ([-t for t in TICKS[6:]] + [0] + TICKS[6:] if both else marks) if low <= t <= high]
-    axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
-    axis.set_yticks([], minor=True)
-    if both:
-        axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+def curves(values, row, metric, part="valid"):
+    """{seed: [(step, value)]} of what a run logged."""
+    found = {}
+    for (r, seed, p, step, m), value in values.items():
+        if (r, p, m) == (row, part, metric):
+            found.setdefault(seed, []).append((int(step), value))
+    return {seed: sorted(points) for seed, points in found.items()}
 
 
-def draw_runs(axis, runs, color):
-    """Runs [[(step, value)]]: each a thin line, their mean a thick one. The last step and the mean there."""
-    for run in runs:
-        axis.plot(*zip(*run), color=color, linewidth=0.6, alpha=0.35)
-    mean = np.mean(runs, 0)
-    axis.plot(*mean.T, color=color, linewidth=2)
-    return mean[-1]
+def draw_curves(axis, found, color, label, scale=1.0):
+    """A thin line for each seed, a thick one for their mean, with its name at the right end."""
+    for points in found.values():
+        axis.plot([s for s, _ in points], [scale * v for _, v in points], color=color, lw=0.6,
+                  alpha=0.4)
+    steps = [s for s, _ in next(iter(found.values()))]
+    means = [scale * statistics.mean(p[i][1] for p in found.values()) for i in range(len(steps))]
+    axis.plot(steps, means, color=color, lw=2)
+    axis.annotate(label, (steps[-1], means[-1]), (5, 0), textcoords="offset points", color=color,
+                  va="center", annotation_clip=False)
 
 
-def end_labels(axis, ends):
-    """Label lines at their right ends, [((x, y), text, colour)], without overlap; when the limits are final."""
-    points = lambda y: axis.transData.transform((0, y))[1] * 72 / axis.figure.dpi
-    low, high = map(points, axis.get_ylim())
-    last, places = max(x for (x, _), _, _ in ends), spread([points(y) for (_, y), _, _ in ends], 13, low + 5, high - 5)
-    for ((_, y), text, color), place in zip(ends, places):
-        axis.annotate(text, (last, y), (6, place - points(y)), textcoords="offset points", color=color, va="center")
-
-
-def curves(records, names, title):
-    """Three metrics on validation prompts over steps: mean over seeds, each seed a thin line, labels at the ends."""
-    figure, axes = panels(3, title)
-    for axis, key, label in zip(axes, ("kl_pq", "valid", "mode_distance"), (
-            "KL(p||q), nats a response", "right answers at T = 1", "distance of wording shares")):
-        ends = []
-        for row, name in names.items():
-            color = color_of(row)
-            runs = [[(x["step"], x[key]) for x in r["curve"]] for r in records if r["row"] == row]
-            ends.append((draw_runs(axis, runs, color), name, color))
-        if key == "kl_pq":
-            log_scale(axis)
-        axis.set(title=label, xlabel="optimizer steps")
-        end_labels(axis, ends)
-    return figure
-
-
-def tradeoff(records, starts, title):
-    """A panel for each start, {its title: {row: label}}: probability of a right response over the
-    distance from the teacher's wordings; a dot is the mean over seeds, a cross the start."""
-    figure, axes = panels(len(starts), title, 4.2, between=0.5, right=0.4, sharey=True, sharex=True)
-    for axis, (start, rows) in zip(axes, starts.items()):
-        def mean(when, row):
-            results = [r["result"] for r in records if r["row"] == row]
-            return [np.mean([x[f"{when}.{key}"] for x in results]) for key in ("mode_distance", "valid_mass")]
-        points = [(mean("before", next(iter(rows))), "start", "0.4", "x")]
-        points += [(mean("after", row), label, color_of(row), "o") for row, label in rows.items()]
-        points.sort(key=lambda point: -point[0][1])
-        near = [point for point in points if point[0][0] < 0.3]  # their labels must not cover each other
-        heights = spread([-514 * y for (_, y), *_ in near], 13)  # 514 points a unit, see ylim
-        for (x, y), label, color, marker in points:
-            axis.plot(x, y, marker, color=color, markersize=7)
-            up = -heights[[n[1] for n in near].index(label)] - 514 * y if x < 0.3 else 0
-            axis.annotate(label, (x, y), (10, up), textcoords="offset points", color=color, va="center", fontsize=9)
-        axis.set(title=start, xlabel="distance from the teacher's choice of wordings", xlim=(-0.02, 0.72),
-                 ylim=(0.6, 1.02))
+# --- The pictures ---------------------------------------------------------------------------------
+def tradeoff(values):
+    figure, axes = canvas(2, "LLMR is right most often and gives up wordings for it; KD keeps them",
+                          4.2, sharey=True, sharex=True)
+    panels = {
+        "from the supervised student, 300 steps": {
+            "sft": ("SFT", ORANGE), "kd": ("KD, given responses", SKY), "seqkd": ("SeqKD", GREEN),
+            "kd-teacher": ("KD, teacher's responses", BLUE), "greedy": ("SeqKD, greedy", WINE),
+            "on-policy": ("on-policy", PINK), "dpkd": ("DPKD", RED), "llmr": ("LLMR", BLACK)},
+        "from the distilled student, 400 steps": {
+            "kd-late": ("KD, teacher's responses", BLUE), "seqkd-late": ("SeqKD", GREEN),
+            "greedy-late": ("SeqKD, greedy", WINE), "on-policy-late": ("on-policy", PINK),
+            "dpkd-late": ("DPKD", RED), "llmr-late": ("LLMR", BLACK)}}
+    for axis, (title, rows) in zip(axes, panels.items()):
+        def place(row, part="after"):
+            return [mean(values, row, metric, part) for metric in ("wording_distance", "right")]
+        dots = [(*place(row), *shown) for row, shown in rows.items()]
+        dots.append((*place(next(iter(rows)), "before"), "start", GRAY))
+        last = -1.0
+        for x, y, name, color in sorted(dots, key=lambda dot: dot[1]):
+            axis.plot(x, y, "o" if name != "start" else "x", color=color, ms=8)
+            height = y if x > 0.3 else max(y, last + 0.02)  # labels must not cover each other
+            last = height if x <= 0.3 else last
+            axis.annotate(name, (x, y), (x + 0.02, height), color=color, va="center")
+        axis.set(title=title, xlabel="distance from the teacher's choice of wordings",
+                 xlim=(-0.02, 0.72), ylim=(0.58, 1.0))
         axis.grid(color="0.92")
     axes[0].set_ylabel("probability of a right response")
     return figure
 
 
-def by_world(records, starts, title):
-    """A panel for each start, {its title: {row: label}}: the share of right greedy answers on each world."""
-    figure, axes = panels(len(starts), title, 3.8, between=1.6, right=1.6, sharey=True)
-    ends = {axis: [] for axis in axes}
-    for axis, (start, rows) in zip(axes, starts.items()):
-        of = lambda row, key: sorted((r["seed"], r["result"][key]) for r in records if r["row"] == row)
-        lines = [(of(next(iter(rows)), "before.valid_greedy"), "the start", "0.6")]
-        lines += [(of(row, "after.valid_greedy"), label, color_of(row)) for row, label in rows.items()]
-        for line, label, color in lines:
-            axis.plot(range(len(line)), [y for _, y in line], "-o", color=color, linewidth=1.2, markersize=6)
-            ends[axis].append(((len(line) - 1, line[-1][1]), label, color))
-        axis.set(title=start, xlabel="world", ylim=(0.55, 1.02))
-        axis.set_xticks(range(len(lines[0][0])), [str(seed) for seed, _ in lines[0][0]])
-    axes[0].set_ylabel("right when greedy")
-    for axis in axes:
-        end_labels(axis, ends[axis])
+def kd_forward(values):
+    figure, axis = canvas(1, "What the teacher gives decides: KL(p||q) over 300 steps", width=7.5)
+    for row, name, color in (("sft", "SFT", ORANGE), ("kd", "KD, given responses", SKY),
+                             ("seqkd", "SeqKD", GREEN),
+                             ("kd-teacher", "KD, teacher's responses", BLUE)):
+        points = curves(values, row, "kl_pq")
+        for seed in points:  # the curve ends with the test rows
+            points[seed].append((300, results.per_seed(values, row, "kl_pq")[seed]))
+        draw_curves(axis, points, color, name)
+    axis.set(xlabel="optimizer steps (thin lines: five instances)", ylim=(0, None),
+             ylabel="kl_pq, nats per response")
     return figure
 
 
-def pairs(records, names, lines, between, title):
-    """A panel for each row, lines {label: (where it is logged, key, colour)}; margins are divided by beta."""
-    figure, axes = panels(len(names), title, between=between, right=between, sharey=True)
-    ends = {axis: [] for axis in axes}
-    for axis, (row, name) in zip(axes, names.items()):
-        for label, (where, key, color) in lines.items():
-            unit = lambda r: float(re.search(r"--beta (\S+)", r["command"])[1]) if "margin" in key else 1
-            runs = [[(x["step"], x[key] / unit(r)) for x in r[where]] for r in records if r["row"] == row]
-            ends[axis].append((draw_runs(axis, runs, color), label, color))
-        axis.set(title=name, xlabel="optimizer steps")
-    for axis in axes:  # they share limits, which are final only now
-        log_scale(axis)
-        end_labels(axis, ends[axis])
+def llmr(values):
+    figure, axes = canvas(2, "LLMR gains where the student falls short, on each instance anew",
+                          sharey=True)
+    starts = {"from the supervised student": ("llmr", {"greedy": ("SeqKD, greedy", WINE)}),
+              "from the distilled student": ("llmr-late", {"greedy-late": ("SeqKD, greedy", WINE)})}
+    for axis, (title, (row, others)) in zip(axes, starts.items()):
+        before = results.per_seed(values, row, "right_greedy", "before")
+        after = results.per_seed(values, row, "right_greedy")
+        for at, seed in enumerate(sorted(before)):
+            axis.plot([at, at], [before[seed], after[seed]], color="0.8", lw=3, zorder=0)
+        axis.plot(range(len(before)), [before[s] for s in sorted(before)], "x", color=GRAY, ms=8,
+                  label="start")
+        for other, (name, color) in others.items():
+            found = results.per_seed(values, other, "right_greedy")
+            axis.plot(range(len(found)), [found[s] for s in sorted(found)], "o", color=color,
+                      label=name)
+        axis.plot(range(len(after)), [after[s] for s in sorted(after)], "o", color=BLACK,
+                  label="LLMR")
+        axis.set(title=title, xlabel="instance", ylim=(0.55, 1.02))
+        axis.set_xticks(range(len(before)), [str(s) for s in sorted(before)])
+    axes[0].set_ylabel("greedy responses that are right")
+    axes[1].legend(loc="lower right", frameon=False)
     return figure
 
 
-def by_domain(records, names, title, prefix="gap_"):
-    """A panel for each row, a line for each domain: gaps (or shares) on validation sequences over steps."""
-    figure, axes = panels(len(names), title, 4, between=0.9, right=0.9, sharey=True)
-    ends = {axis: [] for axis in axes}
-    for axis, (row, name) in zip(axes, names.items()):
-        for domain, color in DOMAINS.items():
-            runs = [[(x["step"], x[prefix + domain]) for x in r["curve"]] for r in records if r["row"] == row]
-            ends[axis].append((draw_runs(axis, runs, color), domain, color))
-        axis.axhline(1, color="0.6", linewidth=0.8, zorder=0)
-        axis.set(title=name, xlabel="optimizer steps")
-    for axis in axes:  # they share limits, which are final only now
-        log_scale(axis, FINE)
-        end_labels(axis, ends[axis])
+def dpkd_margin(values):
+    figure, axes = canvas(2, "DPKD, beta = 0.1: frozen pairs flatter the student until it breaks")
+    for row, name, color in (("dpkd-frozen", "frozen", RED), ("dpkd-fresh", "fresh", BLUE)):
+        draw_curves(axes[0], curves(values, row, "margin", "train"), color,
+                    f"{name}: training pairs", 10)
+        draw_curves(axes[0], curves(values, row, "fresh_margin"), GRAY if name == "fresh" else PINK,
+                    f"{name}: new pairs", 10)
+        draw_curves(axes[1], curves(values, row, "right"), color, name)
+    axes[0].set_yscale("symlog", linthresh=10)
+    axes[0].set(title="margin / beta, nats", xlabel="optimizer steps")
+    axes[1].set(title="probability of a right response", xlabel="optimizer steps", ylim=(0, 1))
     return figure
 
 
-def of_rows(records, row, key):
-    return np.array([r["written"][key] for r in records if r["row"] == row], dtype=float)
-
-
-def coverage(records, names, title):
-    """Left: topics with 10 samples or more while samples are written. Right: the student's accuracy over rarity."""
-    figure, (left, right) = panels(2, title, 3.8, between=1.9, right=1.7)
-    ends, ends_right = [], []
-    for row, name in names.items():
-        color = color_of(row)
-        runs = [[tuple(x) for x in r["written"]["coverage"]] for r in records if r["row"] == row]
-        ends.append((draw_runs(left, runs, color), name, color))
-        fours = of_rows(records, row, "by_topic").reshape(-1, 5, 4).mean(2)  # four topics a point
-        ends_right.append((draw_runs(right, [list(zip(range(5), x)) for x in fours], color), name, color))
-    left.set(title="topics with 10 samples or more, of 20", xlabel="samples written", ylim=(0, 20.5))
-    right.set(title="student's accuracy, four topics a point", xlabel="topics, from common to rare", ylim=(0, 1.02))
-    right.set_xticks(range(5), [f"{4 * i + 1}-{4 * i + 4}" for i in range(5)])
-    left.set_yticks(range(0, 21, 5))
-    right.axhline(0.5, color="0.6", linewidth=0.8, zorder=0)
-    end_labels(left, ends)
-    end_labels(right, ends_right)
+def dpkd_border(values):
+    betas, refreshes = ("0.1", "0.5", "2", "5"), (1, 4, 16, 64, 0)
+    figure, axes = canvas(2, "DPKD collapses when responses are old and beta is small (500 steps)",
+                          3.4)
+    for axis, metric, title, color in ((axes[0], "right", "probability of a right response", "BuGn"),
+                                       (axes[1], "kl_pq", "kl_pq, nats per response", "OrRd")):
+        grid = [[mean(values, f"border-{b}-{r}", metric) for r in refreshes] for b in betas]
+        shown = [[min(x, 12) for x in line] for line in grid]
+        axis.imshow(shown, cmap=color, aspect="auto", vmin=0)
+        for i, line in enumerate(grid):
+            for j, x in enumerate(line):
+                dark = shown[i][j] > 0.6 * max(map(max, shown))
+                axis.text(j, i, f"{x:.2f}" if x < 10 else f"{x:.0f}", ha="center", va="center",
+                          color="white" if dark else "black")
+        axis.set_xticks(range(5), [f"{r}" if r else "0 (frozen)" for r in refreshes])
+        axis.set_yticks(range(4), betas)
+        axis.set(title=title, xlabel="--refresh: steps between new student responses",
+                 ylabel="--beta")
     return figure
 
 
-def main(source=ROOT / "assets/results.jsonl", folder=ROOT / "assets"):
+def gold(values):
+    figure, axes = canvas(2, "GOLD: the loop covers more topics, and random feedback does as well",
+                          3.2, sharey=True)
+    arms = {"plain": "plain prompt", "ood": "OOD prompt, no feedback", "random": "random feedback",
+            "": "energy band (GOLD)"}
+    for axis, metric, title in ((axes[0], "modes", "topics with 10 samples or more, of 20"),
+                                (axes[1], "accuracy_uniform", "student's accuracy over topics")):
+        for prefix, name, color, shift in (("gold", "LLM at T = 0.6", BLUE, 0.12),
+                                           ("gold-t1", "LLM at T = 1", RED, -0.12)):
+            for at, arm in enumerate(arms):
+                found = results.per_seed(values, f"{prefix}-{arm}".rstrip("-"), metric).values()
+                axis.plot(found, [at + shift] * len(found), "o", color=color, ms=4, alpha=0.4)
+                axis.plot(statistics.mean(found), at + shift, "D", color=color, ms=8,
+                          label=name if at == 0 else None)
+        axis.set_yticks(range(len(arms)), arms.values())
+        axis.set(title=title)
+        axis.grid(axis="x", color="0.92")
+    axes[0].set_xlim(0, 20.5)
+    axes[1].axvline(0.5, color="0.6", lw=0.8)
+    axes[1].annotate("guessing", (0.5, -0.35), (4, 0), textcoords="offset points", color="0.4")
+    axes[1].legend(loc="center right", frameon=False)
+    return figure
+
+
+def ddk(values):
+    figure, axes = canvas(2, "DDK gives more data to the domains that lag behind", 3.4)
+    rows = {"ddk-natural": "natural proportions", "ddk-uniform": "uniform",
+            "ddk-first": "fixed at the first gaps", "ddk-rough": "DDK without smoothing",
+            "ddk-static": "fixed at DDK's averages", "ddk": "DDK"}
+    for at, (row, name) in enumerate(rows.items()):
+        found = results.per_seed(values, row, "worst_gap").values()
+        axes[0].barh(at, statistics.mean(found), color=RED if row == "ddk" else "0.75")
+        axes[0].plot(found, [at] * len(found), "o", color="black", ms=3)
+    axes[0].set_yticks(range(len(rows)), rows.values())
+    axes[0].axvline(1, color="0.4", lw=0.8)
+    axes[0].set(title="widest gap at the end (1: the teacher's level)", xlim=(0.9, None))
+    domains = {"code": BLUE, "prose": GREEN, "log": ORANGE, "json": PINK, "csv": SKY, "noise": GRAY}
+    for domain, color in domains.items():
+        draw_curves(axes[1], curves(values, "ddk", f"share_{domain}"), color, domain)
+    axes[1].set(title="share of the data under DDK", xlabel="optimizer steps", ylim=(0, None))
+    return figure
+
+
+PICTURES = (tradeoff, kd_forward, llmr, dpkd_margin, dpkd_border, gold, ddk)
+
+
+def main():
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        sys.exit("error: the figures need matplotlib: pip install matplotlib")
-    records = [json.loads(line) for line in Path(source).read_text().splitlines()]
-    kd = {"sft": "SFT", "kd": "KD", "seqkd": "SeqKD", "kd-teacher": "KD, teacher text"}
-    starts = {
-        "from the supervised student, 500 steps": {
-            **kd, "seqkd-greedy": "SeqKD, greedy", "reverse-kl": "reverse KL", "dpkd": "DPKD", "llmr-sft": "LLMR (600)"},
-        "from the distilled student, 600 steps": {
-            "kl-more": "KD, teacher text", "seqkd-more": "SeqKD", "greedy-more": "SeqKD, greedy",
-            "reverse-kl-late": "reverse KL", "dpkd-late": "DPKD", "llmr": "LLMR"}}
-    worlds = {
-        "from the student trained on labels": {
-            "kd-teacher": "KD, teacher text", "seqkd-2x": "SeqKD, 2x steps", "seqkd-greedy": "SeqKD, greedy",
-            "reverse-kl": "reverse KL", "llmr-sft": "LLMR"},
-        "from its KL-distilled successor": {
-            "kl-more-2x": "KD, 2x steps", "greedy-more-3x": "SeqKD, greedy, 3x", "reverse-kl-late": "reverse KL", "llmr": "LLMR"}}
-    margins = {"frozen-b01": "y_s drawn once (frozen)", "online-b01": "every step (online)"}
-    margin = {"training pairs": ("train", "margin", RED), "fresh pairs": ("curve", "fresh_margin", BLUE)}
-    gaps = {"uniform": "uniform", "first-look": "the first look, kept", "no-smoothing": "without smoothing", "ddk": "DDK"}
-    arms = {"gold-plain": "plain prompt", "gold-ood": "OOD prompt", "gold": "GOLD (band)", "gold-random": "random",
-            "gold-top": "top", "t1-plain": "plain at T = 1", "t1": "GOLD at T = 1"}
-    figures = {
-        "tradeoff.png": ([row for rows in starts.values() for row in rows],
-                         lambda title: tradeoff(records, starts, title),
-                         "LLMR is right most often, and gives up wordings for it; KD keeps them ({})"),
-        "kd_forward.png": (kd, lambda title: curves(records, kd, title),
-                           "Same student, same 500 steps, {} (thin): what the teacher gives decides"),
-        "llmr_worlds.png": ([row for rows in worlds.values() for row in rows],
-                            lambda title: by_world(records, worlds, title),
-                            "Greedy answers, world by world: LLMR gains where the student falls short, and only there ({})"),
-        "dpkd_margin.png": (margins, lambda title: pairs(records, margins, margin, 1.1, title),
-                            "Margin / beta, nats, {} (thin): stale pairs flatter the student, fresh ones do not"),
-        "ddk_gap.png": (gaps, lambda title: by_domain(records, gaps, title),
-                        "Gap to the teacher, PPL(q) / PPL(p), by domain, {} (thin): it has to be followed, and smoothly"),
-        "gold_coverage.png": (arms, lambda title: coverage(records, arms, title),
-                              "3,008 samples each, {} (thin): what is covered is what is learned"),
-    }
-    skipped, have = [], [r["row"] for r in records]
-    for name, (rows, draw, title) in figures.items():
-        if missing := [row for row in rows if row not in have]:
-            skipped.append(f"{name} ({', '.join(missing)})")
-            continue
-        seeds = " or ".join(sorted({str(have.count(row)) for row in rows})) + " seeds"
+        sys.exit("error: the pictures need matplotlib: pip install matplotlib")
+    values = results.read()
+    for draw in PICTURES:
         try:
-            figure = draw(title.format(seeds))
-        except KeyError as e:
-            skipped.append(f"{name} (older records have no {e})")
+            draw(values).savefig(ASSETS / f"{draw.__name__}.png")
+        except (statistics.StatisticsError, KeyError, StopIteration):
+            print(f"skipped {draw.__name__}: results.csv lacks some of its rows")
             continue
-        figure.savefig(Path(folder) / name)
-        print(Path(folder) / name)
-    if skipped:
-        print(f"skipped for lack of records: {', '.join(skipped)}")
+        print(f"assets/{draw.__name__}.png")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
