@@ -34,11 +34,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -110,7 +105,7 @@ class Settings:
     clip: float = 1.0                # largest gradient norm
     # evaluation
     eval_every: int = 100            # steps between evaluations on validation rows
-    eval_rows: int = 500             # most test rows to evaluate on; validation: at most 200
+    eval_rows: int = 500             # test rows to evaluate on, at most; validation: at most 200
     eval_temperature: float = 1.0    # of the student's distribution that is evaluated
     kl_on: Literal["samples", "references"] = "samples"  # KL on samples or on given responses
     # system
@@ -445,10 +440,11 @@ class Run:
     def finish(self, student, rows, meanings, generations=()):
         """Print the table of `rows` {column: metrics}; save the student, generations.jsonl and
         result.json."""
-        peak = 0.0  # on Windows, which does not tell
+        peak = 0.0
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
-        elif resource:
+        elif os.name == "posix":
+            import resource  # Windows has no such module
             unit = 2**30 if sys.platform == "darwin" else 2**20
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         result = {f"{column}.{k}": round(v, 6) for column, m in rows.items() for k, v in m.items()}

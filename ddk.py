@@ -3,34 +3,34 @@
 Liu et al., "DDK: Distilling Domain Knowledge for Efficient Large Language Models", NeurIPS 2024,
 arxiv.org/abs/2407.16154; implemented from the paper's text, since no official code was found.
 
-The corpus is split into D domains. CE_q[i] and CE_p[i] are the cross entropies of student q and
-frozen teacher p on fixed validation text of domain i. An interval is K steps. For all i at once:
+The corpus has D domains. CE_q[i], CE_p[i] are cross entropies of student q and frozen teacher p on
+fixed validation text of domain i. r_t[i] is its share of the data in interval t, of K steps:
 
-    gap     = ppl_q / ppl_p = exp(CE_q - CE_p)                a ratio of perplexities (its rho)
+    gap     = ppl_q / ppl_p = exp(CE_q - CE_p)                a ratio of perplexities (paper: rho)
     r_0     = softmax(gap_0)                                  from the initial student         (1)
     psi     = r_t exp(gap_{t+1})                              gaps at the start of interval t + 1
-    r_{t+1} = smoothing psi / sum(psi) + (1 - smoothing) / D  the smoothed update              (2)
+    r_{t+1} = smoothing psi / sum(psi) + (1 - smoothing) / D  at smoothing 1 not smoothed      (2)
     L       = CE + gamma KL(p_tau||q_tau)                     mean over the tokens of a step   (3)
 
-    p_tau = softmax(teacher_logits / tau), q_tau likewise. In the code: r shares, log r log_shares,
-    K cfg.interval; smoothing (the paper's alpha), gamma and tau are in cfg.
+    p_tau = softmax(teacher_logits / tau), q_tau likewise. In the code r = shares, K = cfg.interval,
+    log_shares is log r; smoothing (the paper's alpha), gamma and tau are in cfg.
 
-The share 1 - smoothing of the data is always uniform, so no domain starves. Noise costs p and q the
-same, so its gap is near 1 and its share is small.
+A part 1 - smoothing of the data is spread evenly, so every domain gets some. On noise p and q have
+about the same CE, so its gap is near 1 and its share is small.
 
 What differs from the paper, and what it leaves open:
  1. KL(p||q), the "forward" KL. The paper prints KL(student, teacher); we read that as the arguments
     of F.kl_div, which takes the student first and computes KL(teacher||student).
- 2. (3) is a mean over batches drawn by r, as in Algorithm 1, and has no factor tau^2.
- 3. Interval 0, the paper's "random sample", draws by domain size; r_0 is only a prior.
- 4. A domain goes through all its sequences before one repeats. Documents are packed, with EOS.
+ 2. Batches are drawn by r, as in Algorithm 1, so (3) has no weights r. It has no factor tau^2.
+ 3. Interval 0, the paper's "random sample", draws by domain size. r_0 is used only to compute r_1.
+ 4. No sequence repeats before its domain is used up. Documents, each with EOS, are joined and cut.
 
-What to watch: `gap_<domain>` falls towards 1, and `share_<domain>` follows it. `worst_gap` is what
-the method works on; read `mean_ce` too: more for one domain is less for others.
+What to watch: `gap_<domain>` falls towards 1, and `share_<domain>` follows it. DDK should lower
+`worst_gap`; read `mean_ce` too: more data for one domain is less data for the others.
 
     python ddk.py                            DDK on six small domains
-    python ddk.py --mix uniform              every domain equally often; natural: plain KD
-    python ddk.py --mix no-smoothing         r = softmax(gap) in every interval
+    python ddk.py --mix uniform              every domain equally often; natural: by size, plain KD
+    python ddk.py --mix no-smoothing         r = softmax(gap) in every interval but the first
     python ddk.py --mix code=.4,prose=.3,log=.1,json=.1,csv=.05,noise=.05      a fixed mixture
     python ddk.py --teacher Qwen/Qwen1.5-14B --student Qwen/Qwen1.5-1.8B --data corpus \
         --max-tokens 2048 --lr 3e-5 --steps 30000 --batch-size 256 --accum 64 --interval 1000
@@ -56,24 +56,24 @@ PREPARE = common.HERE / "data/domains/prepare.py"
 class Config(common.Settings):
     mix: str = "ddk"                 # ddk, no-smoothing (Eq. 1), uniform, natural, name=share,...
     interval: int = 30               # K: steps between measuring gaps; 1000 in the paper
-    smoothing: float = 0.5           # share of data that follows the gaps; at 1 domains may starve
+    smoothing: float = 0.5           # share of data that follows the gaps; 1: no smoothing
     gamma: float = 0.2               # weight of the KL beside CE; 0: no distillation
     tau: float = 1.0                 # temperature of both softmaxes in the KL
-    gap_rows: int = 64               # validation sequences behind each gap; 500 in the paper
+    gap_rows: int = 64               # validation sequences that measure a gap; 500 in the paper
     data: str = str(PREPARE.parent)  # folder with a file or folder of text for each domain
     domains: str = ""                # name=source,...; source: file, folder, pattern, hub
     max_tokens: int = 64             # tokens of a packed sequence; for pretrained models 2048
     steps: int = 480                 # optimizer steps; 0 only evaluates
     batch_size: int = 24             # sequences of one optimizer step
-    eval_every: int = 30             # steps between gap lines; DDK logs each interval, too
-    eval_rows: int = 200             # most test sequences of a domain
+    eval_every: int = 30             # steps between log lines with gaps; DDK: also each interval
+    eval_rows: int = 200             # test sequences of a domain, at most
 
     unused = ("response", "template", "teacher_template", "max_prompt", "max_response",
               "eval_temperature", "kl_on")
 
 
 # --- The method -----------------------------------------------------------------------------------
-# D: domains. R: predicted tokens of a batch, r: of a chunk of it, V: vocabulary, H: hidden size.
+# Sizes: D domains, R predicted tokens in a batch, r of them in a chunk, V vocabulary, H hidden.
 def domain_gap(student_ce, teacher_ce):
     """The ratio of the perplexities, from cross entropies in nats per token. (D,), (D,) -> (D,)."""
     return (student_ce - teacher_ce).clamp(max=700).exp()  # exp(710) is infinite
@@ -86,7 +86,7 @@ def prior(gap):
 
 def mixture(log_shares, gap, smoothing):
     """Eq. 2 on logarithms, because exp(gap) itself would overflow. (D,), (D,) -> (D,)."""
-    log_psi = (log_shares + gap).log_softmax(-1)  # old shares are multiplied, not averaged
+    log_psi = (log_shares + gap).log_softmax(-1)  # old shares times exp(gap), then normalised
     log = lambda x: math.log(x) if x > 0 else -math.inf
     uniform = torch.full_like(gap, log((1 - smoothing) / len(gap)))
     return torch.logaddexp(log_psi + log(smoothing), uniform)
@@ -108,7 +108,7 @@ def distill_loss(student_logits, teacher_logits, targets, gamma, tau):
 
 
 class DomainSampler:
-    """The shares, and what they drew: all that a resumed run must know about the mixture."""
+    """The shares and what was drawn: all that a resumed run must know about the mixture."""
 
     def __init__(self, sizes, seed):
         self.sizes, self.seed = sizes, seed                        # sequences of each domain
@@ -173,13 +173,16 @@ def find_domains(cfg):
 
 
 def load_domains(cfg, sources, student, teacher):
-    """SimpleNamespace(names, train, valid, test, before, hash): train {name: sequences of tokens},
-    kept on disk; valid and test {name: at most --gap-rows and --eval-rows Examples}."""
+    """SimpleNamespace(names, train, valid, test, before, hash). train: {name: token sequences, on
+    disk}; valid, test: {name: Examples}, at most --gap-rows, --eval-rows; before: [BOS] or []."""
     before = common.around(student.tokenizer)[0]  # [BOS], for a tokenizer that has one
     for model, role in ((student, "student"), (teacher, "teacher")):
         context = model and common.context_of(model)
         if model and common.is_encdec(model):
-            raise common.BadInput(f"--{role}: running text needs a decoder-only model")
+            raise common.BadInput(f"--{role}: DDK trains on plain text: name a decoder-only model")
+        if model and len(model.tokenizer) > len(model.get_input_embeddings().weight):
+            raise common.BadInput(f"--{role}: its tokenizer has more tokens than its embedding: "
+                                  "call resize_token_embeddings on that model")
         if context and len(before) + cfg.max_tokens > context:
             raise common.BadInput(f"--max-tokens {cfg.max_tokens} does not fit the {role}'s "
                                   f"context of {context} tokens")
@@ -220,7 +223,7 @@ def sequence(tokens, before, name):
 
 
 def fixed_shares(mix, names, sizes):
-    """The shares (D,) of a mixture that does not follow the gaps; for DDK the natural ones."""
+    """The shares (D,) of a mixture that ignores the gaps; for DDK those by domain size."""
     if "=" not in mix:
         shares = [1.0] * len(sizes) if mix == "uniform" else sizes
     else:
@@ -241,7 +244,7 @@ def domain_ce(model, examples, cfg):
         total = common.per_response(common.log_likelihood, model, part, cfg,
                                     batch_size=cfg.batch_size).sum()
         means.append(-total / sum(len(e.response) for e in part))
-    return common.from_process_0(lambda: torch.stack(means))  # all must draw by the same shares
+    return common.from_process_0(lambda: torch.stack(means))  # all processes must draw alike
 
 
 MEANINGS = {
@@ -278,7 +281,7 @@ def train(cfg) -> dict:
         raise common.BadInput("--teacher none: only --gamma 0 with a fixed --mix needs no teacher")
     run = common.Run(cfg, __file__)
 
-    # data and models: the teacher is frozen, in the compute dtype; the student's weights are fp32
+    # data and models: the frozen teacher has the dtype of --dtype; the student's weights are fp32
     sources = find_domains(cfg)
     student, teacher = common.load_pair(cfg, run.device)
     data = load_domains(cfg, sources, student, teacher)
@@ -290,10 +293,10 @@ def train(cfg) -> dict:
     teacher_test = domain_ce(teacher, data.test, cfg) if teacher else None  # (D,)
     before = metrics(names, domain_ce(student, data.test, cfg), teacher_test)
 
-    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000, because runs are short
+    # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
-    parts = {"student": student, "optimizer": optimizer, "sampler": sampler}  # of a checkpoint
+    parts = {"student": student, "optimizer": optimizer, "sampler": sampler}  # for checkpoints
     start = run.start(data.hash, **parts)
     loss_of = torch.compile(distill_loss, dynamic=True) if cfg.compile else distill_loss
     student.train()
@@ -310,7 +313,7 @@ def train(cfg) -> dict:
             first = step == 0 or cfg.mix == "no-smoothing"
             sampler.log_shares = (prior(gap) if first
                                   else mixture(sampler.log_shares, gap, cfg.smoothing))
-        # r_0 is a prior only: interval 0 is drawn in natural proportion
+        # interval 0 does not use r_0: it draws by domain size
         shares = sampler.log_shares.exp() if steered and step >= cfg.interval else fixed
         if measured:
             run.evaluated(step, metrics(names, student_ce, teacher_ce, shares))
@@ -329,7 +332,7 @@ def train(cfg) -> dict:
                 student_hidden = common.response_states(student, batch)                 # (R,H)
                 if cfg.gamma > 0:  # the frozen teacher builds no graph
                     teacher_hidden = common.response_states(teacher, batch)             # (R,H)
-            # in chunks, because the logits of all R rows need much memory
+            # in chunks: the logits of all R rows would need too much memory
             for rows, part in common.in_chunks(student_hidden, student):
                 student_logits = common.logits_of(student, part)                        # (r,V)
                 teacher_logits = None
@@ -337,7 +340,7 @@ def train(cfg) -> dict:
                     teacher_logits = common.logits_of(teacher, teacher_hidden[rows])    # (r,V)
                 loss, ce, kl = loss_of(student_logits, teacher_logits, batch.targets[rows],
                                        cfg.gamma, cfg.tau)
-                (loss.sum() / n_tokens).backward()  # n_tokens is of the whole step
+                (loss.sum() / n_tokens).backward()  # n_tokens counts the whole step
                 totals += torch.stack([loss.detach().sum(), ce.detach().sum(), kl.detach().sum()])
         totals /= n_tokens
         common.reduce_gradients(student, totals)

@@ -1,35 +1,35 @@
-"""Direct preference KD: prefer the teacher's response to one's own, with a loss like DPO's.
+"""DPKD: as in direct preference optimization (DPO), prefer the teacher's response to the student's.
 
 Li, Gu, Dong, Wang, Cheng, Wei, "Direct Preference Knowledge Distillation for Large Language
 Models", 2024, arxiv.org/abs/2406.19774; code: https://github.com/microsoft/LMOps/tree/main/dpkd
 
-p is the teacher, q the student, x a prompt. y^p is a response that the teacher sampled (the paper's
-y_t), y^q one that the student sampled (its y_s); EOS, the end-of-sequence token, is part of both.
-For a reward r, E_q[r(x,y)] - beta KL(q||p) is largest at q = p exp(r/beta) / Z(x). So q has the
-reward r(x,y) = beta log q(y|x)/p(y|x) + beta log Z(x) (Eqs. 2 to 5). In Bradley and Terry's model,
-Pr(y^p beats y^q) = sigmoid(r(y^p) - r(y^q)), Z(x) cancels:
+p is the teacher, q the student, x a prompt. y^p is a response sampled by the teacher (paper: y_t),
+y^q is one sampled by the student (paper: y_s). EOS, the end-of-sequence token, is part of both.
+For a reward r, E_q[r(x,y)] - beta KL(q||p) is largest at q = p exp(r/beta) / Z(x); Z(x) normalises.
+So q is best for the reward r(x,y) = beta log [q(y|x)/p(y|x)] + beta log Z(x) (Eqs. 2 to 5). In
+Bradley and Terry's model Pr(y^p beats y^q) is sigmoid(r(x,y^p) - r(x,y^q)), so Z(x) cancels:
 
     log_ratio(y) = log q(y|x) - log p(y|x)               a sum over the tokens of y
     margin       = beta log_ratio(y^p) - beta log_ratio(y^q)
     L            = -log sigmoid(margin)                                            Eqs. 7, 8
     --length-norm: log_ratio(y) is divided by the number of tokens of y            Eq. 9
-    total        = cfg.preference L + cfg.anchor CE(y^p) + cfg.lm_coef CE(corpus)  lm_coef: lambda
+    total        = cfg.preference L + cfg.anchor CE(y^p) + cfg.lm_coef CE(corpus)
 
-The paper leaves open when y^q is drawn, and all depends on it. With fresh y^q (--refresh 1) and a
-small beta the gradient is beta/2 times that of KL(p||q): SeqKD with more variance. With frozen y^q
-(--refresh 0) the student goes past p and collapses.
+The paper leaves open when y^q is drawn, but the result depends on it. With fresh y^q (--refresh 1)
+and small beta the mean gradient is beta/2 times that of KL(p||q), as in SeqKD (CE on y^p), and y^q
+adds only variance. With frozen y^q (--refresh 0) the margin grows, and the student collapses.
 
 What differs from the paper:
- 1. No length normalisation by default: it leaves Z(x) in; Eq. 9 does not follow from Eq. 2.
- 2. beta and lm_coef are ours. y^p is drawn once for each prompt. The code's anchor is off here.
- 3. No dropout: log q must be that of the distribution from which y^q was sampled.
- 4. The released code has another loss, on single tokens: tests/controls/dpkd_token.py.
+ 1. --length-norm is off: with it Z(x) does not cancel, so Eq. 9 does not follow from Eq. 2.
+ 2. We chose beta and lm_coef. y^p is drawn once per prompt. The released code's anchor is off here.
+ 3. No dropout: log q must be computed from the same distribution that y^q was sampled from.
+ 4. The released code has another loss, on single tokens: see tests/controls/dpkd_token.py.
 
-What to watch: `fresh_margin`, on new pairs of validation prompts, rises to 0 as q nears p. A
-training `margin` far above 0 is overfitting of frozen pairs, and `nll_student` explodes.
+What to watch: `fresh_margin`, from new responses to validation prompts, rises to 0 as q nears p. A
+training `margin` far above 0 means that frozen pairs are overfitted, and `nll_student` explodes.
 
     python dpkd.py                               fresh student responses at every step
-    python dpkd.py --refresh 0 --beta 0.1        frozen ones: collapses
+    python dpkd.py --refresh 0 --beta 0.1        frozen ones: the student collapses
     python dpkd.py --preference 0 --anchor 1     the anchor alone: SeqKD
     python dpkd.py --teacher gpt2-xl --student gpt2 --data my.jsonl --max-response 256 --lr 1e-5 \
         --corpus books.txt --lm-coef 0.5 --accum 8
@@ -46,13 +46,13 @@ import common
 
 @dataclass
 class Config(common.Settings):
-    refresh: int = 1                 # draw student responses every N steps; 0: all at once
+    refresh: int = 1                 # draw student responses every N steps; 0: once, all at step 0
     beta: float = 0.5                # strength of the KL to p; --length-norm needs a larger one
     length_norm: bool = False        # divide each log-ratio by the length of its response, Eq. 9
-    preference: float = 1.0          # weight of L; at 0 no student responses are drawn
+    preference: float = 1.0          # weight of L; at 0 none are drawn for training
     anchor: float = 0.0              # weight of CE on the teacher's responses, mean over tokens
     lm_coef: float = 0.0             # weight of CE on --corpus, the paper's lambda
-    corpus: str = ""                 # .txt with blank lines between documents, folder, hub name
+    corpus: str = ""                 # .txt (blank lines between documents), folder or hub name
 
 
 # --- The method -----------------------------------------------------------------------------------
@@ -60,8 +60,8 @@ def preference_loss(logq_teacher, logp_teacher, logq_student, logp_student, n_te
                     beta, length_norm):
     """L and the margin of each pair, Eq. 8, with length_norm Eq. 9. Six (B,) -> two (B,).
 
-    logq_teacher is log q(y^p|x), the student's log-probability of the teacher's response;
-    logp_student is log p(y^q|x), the teacher's for y^q. n_teacher and n_student are lengths.
+    logq_teacher is log q(y^p|x): q is the model, and the last word says who wrote the response. So
+    logp_student is log p(y^q|x). n_teacher and n_student are the lengths of y^p and y^q.
     """
     ratio_teacher = logq_teacher - logp_teacher  # (B,) above 0: y^p is likelier under q than p
     ratio_student = logq_student - logp_student  # (B,) the same of y^q
@@ -72,8 +72,8 @@ def preference_loss(logq_teacher, logp_teacher, logq_student, logp_student, n_te
 
 
 def response_logprobs(model, batch):
-    """(B,) log q(y|x) of whole responses, EOS included; differentiable. L needs the whole sum
-    first; beyond 256 MB of logits, the backward pass computes those of each chunk again."""
+    """(B,) log q(y|x) of whole responses, EOS included; differentiable. L needs the sum over all
+    chunks. So, above 256 MB of logits, the backward pass computes each chunk's logits again."""
     def logprobs_of(part, targets):
         return common.log_softmax_at(common.logits_of(model, part), targets)     # (r,)
 
@@ -91,25 +91,25 @@ def fixed_logprobs(model, examples, cfg):
     return common.per_response(common.log_likelihood, model, examples, cfg)[:, 0].float()
 
 
-# logged of a step: means over pairs, but ce is a mean over tokens
+# logged at a step: means over pairs, but ce over tokens; same: share of pairs with y^q = y^p
 NAMES = ("loss", "preference", "margin", "nll_teacher", "nll_student", "ce", "same", "no_end")
 
 
 class StudentResponses(dict):
-    """{index of the example: (response, log p of it)}. It is part of a checkpoint, because the
-    weights that drew old responses are gone."""
+    """{index of the example: (y^q, log p(y^q|x))}. Checkpoints hold it: the student that drew it
+    has changed since, so it cannot be drawn again."""
     state_dict = dict.copy
     load_state_dict = dict.update
 
 
 def draw_due(step, ids, drawn, examples, student, teacher, cfg):
-    """If due, draw student responses into `drawn`: for this step (`ids`), the next N steps, or
-    all."""
+    """If it is time, draw student responses into `drawn`: for the examples `ids` of this step, for
+    those of the next N steps, or for all."""
     if cfg.refresh == 0:
         due = range(len(examples)) if step == 0 else ()
     elif cfg.refresh == 1:
         due = ids
-    else:  # for all processes: process 0 draws them, and a checkpoint holds them
+    else:  # the ids of all processes: process 0 draws, and saves in its checkpoint, for all
         steps = range(step, step + cfg.refresh) if step % cfg.refresh == 0 else ()
         due = {i for s in steps for i in common.step_indices(len(examples), s, cfg, of_all=True)}
     if not due:
@@ -151,7 +151,7 @@ def fresh_pairs(teacher, student, examples, cfg):
 
 
 def load_corpus(cfg, tokenizer):
-    """(blocks of --max-response tokens of the corpus, the tokens before each)."""
+    """(the corpus in blocks of --max-response tokens, the tokens before each block: BOS or EOS)."""
     if cfg.lm_coef == 0:
         return [], []
     blocks = common.pack(common.documents(cfg.corpus), tokenizer, cfg.max_response)
@@ -167,14 +167,14 @@ def train(cfg) -> dict:
     common.check_settings(cfg, refresh=(0, 10**9), beta=(1e-6, 1e6), preference=(0, 1e6),
                           anchor=(0, 1e6), lm_coef=(0, 1e6))
     if cfg.teacher == "none":
-        raise common.BadInput("--teacher none: a preference needs two writers: name a --teacher")
+        raise common.BadInput("--teacher none: DPKD needs a teacher's responses: name a --teacher")
     if cfg.lm_coef > 0 and not cfg.corpus:
         raise common.BadInput(f"--lm-coef {cfg.lm_coef} needs a text: name one with --corpus")
     if cfg.preference == cfg.anchor == cfg.lm_coef == 0:
         raise common.BadInput("--preference, --anchor and --lm-coef are all 0: nothing is learned")
     run = common.Run(cfg, __file__)
 
-    # data and models: the teacher is frozen, in the compute dtype; the student's weights are fp32
+    # data and models: the frozen teacher has the dtype of --dtype; the student's weights are fp32
     rows, device = common.load_rows(cfg), run.device
     student, teacher = common.load_pair(cfg, device)
     data = common.load_data(cfg, rows, student, teacher)
@@ -186,13 +186,13 @@ def train(cfg) -> dict:
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
-    before = evaluate_test(student)  # before run.start: --resume loads a later student there
+    before = evaluate_test(student)  # now: with --resume, run.start loads a trained student
 
-    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000, because runs are short
+    # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     drawn = StudentResponses()
-    parts = {"student": student, "optimizer": optimizer, "drawn": drawn}  # of a checkpoint
+    parts = {"student": student, "optimizer": optimizer, "drawn": drawn}  # for checkpoints
     start = run.start(data.hash, **parts)
     common.no_dropout(student)
     student.train()

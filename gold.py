@@ -5,35 +5,35 @@ Out-of-Distribution-Guided Language Data Generation", NAACL 2024 Findings, arxiv
 code: https://github.com/mgholamikn/GOLD. (A trainer of that name in TRL is another method.)
 
 The LLM p is a black box that gives text only. A task brings a description, K real samples and, for
-classification, labels. Round t asks for b training samples X_t, and then for b samples V_t that are
-to be different (the "OOD prompt": out of distribution). The strange but not strangest of V_t are
-the feedback F_t; round t + 1 shows it to the LLM if t + 1 is even. All samples join the data set.
+classification, labels. Round t asks for b training samples X_t. Then an "OOD prompt" (OOD: out of
+distribution) asks for b different samples V_t. The feedback F_t are those of V_t with high, but not
+the highest, energy. Each even round t shows F_{t-1} to the LLM. All X_t and V_t are the data set.
 
     X_t = p(task + real samples + F_{t-1})                                                      (1)
     V_t = p(task + real samples + F_{t-1} + X_t[:2] + "different from all above")               (2)
-    E(x,y) = - mean_j log sum_v exp f_v(x, y_<j)     energy; f_v: the scorer's logit            (3)
-    F_t = the samples of V_t with index floor(.5 b) to floor(.8 b) - 1, energy rising           (4)
+    E(x,y) = - mean_j log sum_v exp f_v(x, y_<j)    energy over tokens j of y; high: strange    (3)
+    F_t = V_t in order of rising energy, positions floor(.5 b) to floor(.8 b) - 1 (first: 0)    (4)
 
-The scorer f is a copy of the student that is trained every few rounds. At the end a fresh student q
-learns y from x. Its loss, the symmetric CE, gives an unlikely label, often a wrong one, hardly any
-gradient:
+The scorer f (f_v: its logit of token v) is a copy of the student, trained every few rounds. At the
+end a fresh student q learns the label y from the text x. The gradient of its loss, the symmetric
+CE, is small for an unlikely label, because such a label is often wrong:
 
     L = mean over response tokens, whose probability is q_y, of
         ce_weight (-log q_y) + reverse_ce_weight (-log 1e-4) (1 - q_y)                          (5)
 
-    In the code: X_t fresh, V_t strange, F feedback, K the task's "shots", b cfg.round_size; the
-    paper's names of the weights: alpha, beta.
+    In the code: X_t = fresh, V_t = strange, F_{t-1} = feedback, K = shots, b = cfg.round_size. The
+    paper's alpha and beta are ce_weight and reverse_ce_weight.
 
 What differs from the paper (we know its abstract and the released code, which does not run as is):
- 1. Energies and losses skip padding. The code averages over answers padded to 32 tokens.
- 2. The budget counts samples. The code counts files and so uses half of the rounds.
- 3. Samples that do not parse, and texts of validation or test rows, are asked for again.
+ 1. Energies and losses skip padding. The released code averages over 32 tokens, padding included.
+ 2. --budget counts samples. The released code counts files, two a round: it uses half the rounds.
+ 3. A sample that does not parse, or has the text of a validation or test row, is written anew.
  4. V_t is asked for in every round and task. Prompts show the label before the text.
 
-What to watch: `accuracy` on real test rows. `energy` has no zero: compare it within a round only.
-`asked` is how many texts the LLM wrote for each sample kept. `modes` counts topics.
+What to watch: `accuracy` on real test rows. The zero of `energy` is arbitrary, so compare it within
+a round only. `asked` is the number of texts written for each sample kept. `modes` counts topics.
 
-    python gold.py                              reviews: OOD prompt and energy band
+    python gold.py                              task reviews, with Eqs. 1 to 5
     python gold.py --no-ood                     Eq. 1 alone, without feedback
     python gold.py --select random              feed back any samples of V_t
     python gold.py --task rte --teacher meta-llama/Llama-2-7b-chat-hf --student google-t5/t5-base \
@@ -62,32 +62,32 @@ import common
 @dataclass
 class Config(common.Settings):
     task: str = "reviews"            # an entry of data/tasks.json, or a .json file of that form
-    data: str = ""                   # real rows for prompt and test; empty: the task's own
+    data: str = ""                   # real rows: shown to the LLM, and test rows; empty: the task's
     budget: int = 3008               # samples to write and to train on
     round_size: int = 8              # b: samples of one call of the LLM
     ood: bool = True                 # Eq. 2 in every round; --no-ood: Eq. 1 alone, no feedback
-    select: Literal["band", "top", "random", "none"] = "band"  # feedback by Eq. 4 or a control
-    feedback: int = 2                # most samples fed back in a round
+    select: Literal["band", "top", "random", "none"] = "band"  # band: Eq. 4; others: controls
+    feedback: int = 2                # the largest number of samples fed back in a round
     temperature: float = 0.6         # of the LLM's samples; low: rare topics get lost
     top_k: int = 10                  # the LLM samples among its k likeliest tokens; 0: all
-    top_p: float = 0.9               # the fewest tokens that hold this share; 1: all
+    top_p: float = 0.9               # and among the fewest with this total probability; 1: all
     retrain: int = 12                # rounds between trainings of the scorer; paper's code: 25
     passes: int = 3                  # epochs of scorer training; paper's code: 1
     scorer_lr: float = 2e-3          # constant rate of the scorer; for pretrained models 5e-5
     ce_weight: float = 0.1           # of the cross entropy in Eq. 5; paper's code: 1, .1 or .01
     reverse_ce_weight: float = 1.0   # of the reverse cross entropy
-    steps: int = 1000                # optimizer steps of the student; 0: the LLM writes only
+    steps: int = 1000                # optimizer steps of the student; 0: it does not learn
     batch_size: int = 32             # sequences of one optimizer step
     lr: float = 5e-3                 # peak; for pretrained models 1e-5 to 5e-5
     eval_every: int = 250            # steps between evaluations on validation rows
-    eval_rows: int = 800             # most test rows to evaluate on; validation: at most 200
+    eval_rows: int = 800             # test rows to evaluate on, at most; validation: at most 200
 
     unused = ("response", "teacher_template", "eval_temperature", "kl_on")
 
 
 # --- The method -----------------------------------------------------------------------------------
 def energy(logits):
-    """Eq. 3 of each row. No probability: a softmax drops this value. (r,V) -> (r,)."""
+    """Eq. 3 of each row: minus the log of softmax's denominator. (r,V) -> (r,)."""
     return -logits.logsumexp(-1)
 
 
@@ -107,8 +107,8 @@ def select_feedback(energies, select, most, rng):
 def sce_loss(logits, targets, ce_weight, reverse_ce_weight):
     """Eq. 5 of each row, and its CE. (r,V), (r,) -> two (r,).
 
-    The reverse cross entropy is -sum_k q_k log(target_k). With a one-hot target whose zeros are set
-    to 1e-4 that is -log(1e-4) (1 - q_y) = 9.21 (1 - q_y).
+    The reverse cross entropy is -sum_k q_k log(target_k). The target is one-hot, with 1e-4 instead
+    of 0. So it is -log(1e-4) (1 - q_y) = 9.21 (1 - q_y).
     """
     ce = F.cross_entropy(logits, targets, reduction="none")  # (r,)
     reverse_ce = -math.log(1e-4) * (1 - (-ce).exp())         # (r,)
@@ -146,7 +146,7 @@ def load_task(name):
         if entry is None:
             raise ValueError(f"there are only {', '.join(table)}; or give a .json file")
         if unknown := set(entry) - set(TASK):
-            raise ValueError(f"{', '.join(sorted(unknown))} is none of {', '.join(TASK)}")
+            raise ValueError(f"unknown: {', '.join(sorted(unknown))}; a task has {', '.join(TASK)}")
         task = {**TASK, **entry, "name": Path(name).stem}
         label = f"{task['label_name']}: {{label}}"
         named = [f"{f}: {{{f}}}" for f in task["fields"]]
@@ -167,8 +167,8 @@ def load_task(name):
 
 
 def read_sample(row, where, task):
-    """A row of the task's data -> prompt and response of the student, the sample, all right answers
-    (references)."""
+    """A row of the task's data -> what the student reads and should say, the sample, all right
+    answers (references)."""
     def column(path):
         value = row
         for part in path.split("."):
@@ -191,7 +191,7 @@ def read_sample(row, where, task):
 
 
 def student_row(task, sample):
-    """What the student reads and is to say."""
+    """What the student reads and what it should say."""
     prompt = task["student"].format(**sample)
     return {"prompt": prompt, "response": sample["label"], "references": [sample["label"]],
             "sample": sample, "columns": {"prompt": prompt}, "where": f"task {task['name']}"}
@@ -218,7 +218,7 @@ def build_prompt(task, wording, shots, given, opening="plain"):
 
 def parse_sample(text, template, stop):
     """An LLM's text -> {slot: text}, by the words between slots; {} if they do not fit."""
-    text = " " + text.strip()  # a text that starts with a stop word is empty
+    text = " " + text.strip()  # with the space a stop string is found at the start, too
     for word in stop:
         text = text.split(word)[0]
     pieces, pattern = SLOT.split(template), ""
@@ -233,15 +233,15 @@ OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 
 def value_of(equation):
-    """The value of numbers with + - * / and parentheses, or None. Nothing is ever executed."""
+    """The value of an expression of numbers, + - * / and parentheses, or None. No code is run."""
     def walk(node):
         if isinstance(node, ast.BinOp):
             return OPERATIONS[type(node.op)](walk(node.left), walk(node.right))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return -walk(node.operand)
-        return float(node.value if type(node.value) in (int, float) else "no number")
+        return float(node.value if type(node.value) in (int, float) else "no number")  # an error
 
-    text = re.sub(r"^\s*[a-zA-Z]\s*=|=.*", "", equation[:200])  # of "x = 2 + 3" and "2 + 3 = 5"
+    text = re.sub(r"^\s*[a-zA-Z]\s*=|=.*", "", equation[:200])  # "x = 2 + 3", "2 + 3 = 5": 2 + 3
     try:
         return walk(ast.parse(text.strip(), mode="eval").body)
     except (ValueError, TypeError, KeyError, AttributeError, SyntaxError, ArithmeticError):
@@ -284,7 +284,7 @@ def task_metrics(task, texts, rows):
 
 
 def coverage(samples, topics):
-    """Topics of the samples, if topics.json tells which text has which; else {}."""
+    """Counts of the samples' topics, which the patterns in topics.json find; {} without topics."""
     if not topics:
         return {}
     for s in samples:
@@ -313,19 +313,19 @@ MEANINGS = {
 
 # --- The LLM --------------------------------------------------------------------------------------
 class LLM:
-    """A black box: prompts in, texts out, in one batched call. Every text is kept in a file at
-    once, and a resumed run takes it from there instead of asking again."""
+    """A black box: prompts in, texts out, in one batched call. Every text is written to a file
+    immediately, and a resumed run takes it from there instead of asking again."""
 
     def __init__(self, model, task, real, held_out, file, cfg):
         self.model, self.task, self.real, self.held_out = model, task, real, held_out
         self.cfg, self.file, self.asked, self.kept = cfg, file, 0, 0
         lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else [""]
         self.written = {r["key"]: r["texts"] for r in map(json.loads, lines[:-1])}
-        if lines[-1] and common.processes()[0] == 0:  # a kill cut the last line
+        if lines[-1] and common.processes()[0] == 0:  # a killed run left an incomplete last line
             common.write(file, "".join(line + "\n" for line in lines[:-1]))
 
     def tokens(self, asked, begun):
-        """The question through the chat template, where there is one, then the begun answer."""
+        """Token ids: the question, in the chat template if there is one, and the answer's start."""
         encdec, tokenizer = common.is_encdec(self.model), self.model.tokenizer
         asked = asked + begun if encdec else asked
         row = {"prompt": asked, "columns": {"prompt": asked}, "where": "the prompt of the LLM"}
@@ -337,7 +337,7 @@ class LLM:
         room = room if encdec else room - self.task["max_new"]
         if len(ids) > room:
             raise common.BadInput(f"a prompt of {len(ids)} tokens does not fit the LLM, which has "
-                                  f"room for {room}: shorten about, shots or max_new of the task")
+                                  f"room for {room}: lower shots or max_new, or shorten `about`")
         return ids
 
     def __call__(self, prompts, call, temperature=0.0, top_k=0, top_p=1.0):
@@ -383,7 +383,7 @@ class LLM:
             if idle == 20:
                 raise common.BadInput(
                     f"not one text of the LLM could be used in 20 calls; it wrote {texts[:3]}: see "
-                    f"about, lengths, check and max_new of the task, and {self.file}")
+                    f"lengths, check, max_new and about of the task, and {self.file}")
         return found
 
     def answer(self, rows):
@@ -394,7 +394,7 @@ class LLM:
         texts = self([(asked, begun) for asked, begun, _ in prompts], "answers")
         answers = [parse_sample(text, rest, task["stop"]).get("label", "")
                    for text, (_, _, rest) in zip(texts, prompts)]
-        plain = lambda text: re.sub(r"[\W_]+", " ", text.lower()).strip()  # Not entailment.
+        plain = lambda text: re.sub(r"[\W_]+", " ", text.lower()).strip()  # "Not_A." -> "not a"
         words = sorted(task["labels"], key=len, reverse=True)
         return [next((w for w in words if plain(a).startswith(plain(w))), a) for a in answers]
 
@@ -405,7 +405,7 @@ def pick_shots(task, rows, rng):
     n, near = task["shots"], min(len(rows), 10 * task["shots"])
     order, chosen = rng.sample(range(near), near), []
     while order and len(chosen) < n:
-        if task["labels"]:  # the rarest label first; among equals the draw decides
+        if task["labels"]:  # the label chosen least often so far; among equals the first drawn
             taken = [sample["label"] for sample in chosen]
             order.sort(key=lambda i: taken.count(rows[i]["sample"]["label"]))
         chosen.append(rows[order.pop(0)]["sample"])
@@ -418,7 +418,7 @@ def pick_shots(task, rows, rng):
 # --- Two phases: the LLM writes the data, then the student learns ---------------------------------
 def write_data(llm, scorer, encode, topics, cfg, run):
     """Phase 1, Eqs. 1 to 4: the samples, as dicts of sample, round, opening, fed (is it in F_t) and
-    energy. Resumed in phase 1, it runs again, quickly: the texts are in a file."""
+    energy. A run that stopped in phase 1 repeats it quickly: its texts are read from a file."""
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=cfg.scorer_lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     words, b, samples = list(llm.task["labels"]), cfg.round_size, []
@@ -458,7 +458,7 @@ def energies_of(scorer, examples, cfg):
     """Eq. 3 of each sample, a mean over the tokens of its answer."""
     sums = common.per_response(lambda logits, *_: (energy(logits),), scorer, examples, cfg)[:, 0]
     means = [x / len(e.response) for x, e in zip(sums.tolist(), examples)]
-    return common.from_process_0(lambda: means)  # all must feed back the same
+    return common.from_process_0(lambda: means)  # all processes must feed back the same samples
 
 
 def train_scorer(scorer, optimizer, examples, rng, cfg, run):
@@ -481,7 +481,7 @@ def train_scorer(scorer, optimizer, examples, rng, cfg, run):
 
 def train_student(student, optimizer, examples, evaluate, start, cfg, run):
     """Phase 2: the fresh student learns everything that was written, by Eq. 5."""
-    if start == 0:  # for dropout, whatever phase 1 used; a checkpoint brings its own
+    if start == 0:  # so dropout does not depend on phase 1; a checkpoint restores its own state
         torch.manual_seed(cfg.seed + common.processes()[0])
     loss_of = torch.compile(sce_loss, dynamic=True) if cfg.compile else sce_loss
     student.train()
@@ -500,12 +500,12 @@ def train_student(student, optimizer, examples, evaluate, start, cfg, run):
         for batch in micro:
             with common.precision(cfg, run.device):
                 hidden = common.response_states(student, batch)                           # (R,H)
-            # in chunks, because the logits of all R rows need much memory
+            # in chunks: the logits of all R rows would need too much memory
             for rows, part in common.in_chunks(hidden, student):
                 logits = common.logits_of(student, part)                                  # (r,V)
                 loss, ce = loss_of(logits, batch.targets[rows], cfg.ce_weight,
                                    cfg.reverse_ce_weight)
-                (loss.sum() / n_tokens).backward()  # n_tokens is of the whole step
+                (loss.sum() / n_tokens).backward()  # n_tokens counts the whole step
                 totals += torch.stack([loss.detach().sum(), ce.detach().sum()])
         totals /= n_tokens
         common.reduce_gradients(student, totals)
@@ -528,15 +528,15 @@ def train(cfg) -> dict:
     if cfg.teacher == "none":
         raise common.BadInput("--teacher none: somebody has to write the samples: name a --teacher")
     if cfg.template != "auto" and set(common.SLOT.findall(cfg.template)) != {"prompt"}:
-        raise common.BadInput(f"--template {cfg.template}: it stands around {{prompt}}, which the "
-                              "task's `student` makes of the columns")
+        raise common.BadInput(f"--template {cfg.template}: it may name only {{prompt}}, which "
+                              "the task's `student` makes from the columns of the data")
     task = load_task(cfg.task)
     cfg = replace(cfg, data=cfg.data or task["data"])
     if not cfg.data:
         raise common.BadInput(f"--task {cfg.task} has no data of its own: name rows with --data")
     run = common.Run(cfg, __file__)
 
-    # data and models: the teacher is the LLM, in the compute dtype; the student's weights are fp32
+    # data and models: the LLM is the teacher, with the dtype of --dtype; the student's are fp32
     names = common.SPLITS | {task["train"]: "train", task["test"]: "test"}
     splits = {split: [read_sample(row, where, task) for where, row in rows]
               for split, rows in common.find_rows(cfg.data, names).items()}
@@ -565,7 +565,7 @@ def train(cfg) -> dict:
     def evaluate(examples=valid):
         return task_metrics(task, answers_of(examples), [e.row for e in examples])
 
-    before = evaluate(test)  # before run.start: --resume loads a later student there
+    before = evaluate(test)  # now: with --resume, run.start loads a trained student
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     data = [[row["prompt"], row["references"]] for part in splits.values() for row in part]

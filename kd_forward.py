@@ -3,8 +3,8 @@
 Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arxiv.org/abs/1503.02531
 Kim, Rush, "Sequence-Level Knowledge Distillation", EMNLP 2016, arxiv.org/abs/1606.07947
 
-x is a prompt and y = y_1 .. y_n a response, with its end-of-sequence token (EOS). p is the teacher,
-q the student. At token t:
+x is a prompt, y = y_1 .. y_n is a response with its end-of-sequence token (EOS). The teacher is p,
+the student is q. At token t, y_<t are the tokens before it, and v runs over the vocabulary:
 
     CE       = -log q(y_t|x,y_<t)                                           maximum likelihood
     KL(p||q) = sum_v p(v|x,y_<t) log [ p(v|x,y_<t) / q(v|x,y_<t) ]          the "forward" KL
@@ -12,18 +12,18 @@ q the student. At token t:
 
     p_tau = softmax(teacher_logits / tau), and q_tau likewise. A large tau makes the gradient about
     tau^2 times smaller, and the factor tau^2 undoes this. In the code: alpha = cfg.alpha, tau =
-    cfg.tau, logp = log p_tau, logq = log q_tau.
+    cfg.tau, logp = log p_tau; logq is first log q, for CE, and then log q_tau, for the KL.
 
-What differs from the papers:
- 1. SeqKD learns samples of the teacher at temperature 1. The paper takes the output of beam search.
+What differs from the papers (1, 2), and a choice that is easy to overlook (3):
+ 1. SeqKD (see below) learns the teacher's samples at temperature 1; Kim and Rush use beam search.
  2. The mean runs over all response tokens of a step at once, so long responses weigh more.
- 3. Prompts are not trained on. CE uses logits that are not divided by tau, as in Hinton et al.
+ 3. Only responses have a loss. CE does not divide the logits by tau; Hinton et al. do the same.
 
-What to watch: `kl_pq` on validation prompts should fall. The training loss shows less: under SFT it
-falls while kl_pq rises, because the student memorises its labels.
+What to watch: `kl_pq`, the KL(p||q) on validation prompts, should fall. The training loss can
+mislead: with --alpha 0 it falls while kl_pq rises: the student memorises the given responses.
 
     python kd_forward.py                                 KD on the given responses
-    python kd_forward.py --alpha 0                       SFT: learn the given responses, no teacher
+    python kd_forward.py --alpha 0                       SFT, supervised fine-tuning, no teacher
     python kd_forward.py --alpha 0 --responses teacher   SeqKD: learn the teacher's responses
     python kd_forward.py --responses teacher             KD on the teacher's responses: lowest kl_pq
     python kd_forward.py --steps 0                       only evaluate
@@ -42,17 +42,17 @@ import common
 
 @dataclass
 class Config(common.Settings):
-    alpha: float = 1.0               # weight of the KL; CE's is 1 - alpha; try .5 on human text
+    alpha: float = 1.0               # weight of the KL; CE gets 1 - alpha; try .5 on human text
     tau: float = 1.0                 # temperature of both softmaxes; above 1 lifts rare tokens
     responses: Literal["data", "teacher"] = "data"  # the given ones, or the teacher's own
-    cache: bool = False              # keep the teacher's states in memory, so it runs once a prompt
+    cache: bool = False              # keep the teacher's states: the teacher runs in epoch 1 only
 
 
 # --- The method -----------------------------------------------------------------------------------
-# R: response tokens of a batch, r: of a chunk of it; V: vocabulary, H: hidden size. Each row is one
-# response token, so no loss needs a mask.
+# R: response tokens in a batch, r: in one chunk of it; V: vocabulary, H: hidden size. Each row is
+# one response token, so no loss needs a mask.
 def kd_loss(student_logits, teacher_logits, targets, alpha, tau):
-    """Loss, CE and KL of each row. (r,V); (r,V) or None; (r,) -> three (r,)."""
+    """Loss, CE and KL of each row. Shapes: (r,V); (r,V) or None; (r,) -> three tensors of (r,)."""
     logq = F.log_softmax(student_logits, -1)       # (r,V)
     ce = -logq.gather(-1, targets[:, None])[:, 0]  # (r,)
     if teacher_logits is None:  # alpha = 0 needs no teacher; the KL is then logged as 0
@@ -64,14 +64,14 @@ def kd_loss(student_logits, teacher_logits, targets, alpha, tau):
     logp = F.log_softmax(teacher_logits, -1)       # (r,V)
     kl = (logp.exp() * (logp - logq)).sum(-1)      # (r,)
     loss = alpha * tau**2 * kl
-    if alpha < 1:  # at alpha = 1 even the gradient of 0 CE would cost a pass over (r,V)
+    if alpha < 1:  # at alpha = 1 adding 0 * ce would cost one more backward pass over (r,V)
         loss = loss + (1 - alpha) * ce
     return loss, ce, kl
 
 
 def cached_states(teacher, batch, kept):
-    """The teacher's hidden states (R,H) of a batch. `kept` {example: states} fills in epoch 1:
-    responses never change, and the output head turns these states into the same logits."""
+    """The teacher's hidden states (R,H) of a batch. Epoch 1 fills `kept` {example: states}, later
+    epochs reuse it: responses never change, and the output head makes the same logits again."""
     if not all(e in kept for e in batch.examples):
         hidden = common.response_states(teacher, batch.for_teacher)
         kept.update(zip(batch.examples, hidden.cpu().split(batch.lengths.tolist())))
@@ -86,7 +86,7 @@ def train(cfg) -> dict:
         raise common.BadInput("--teacher none: only --alpha 0 on given responses needs no teacher")
     run = common.Run(cfg, __file__)
 
-    # data and models: the teacher is frozen, in the compute dtype; the student's weights are fp32
+    # data and models: the frozen teacher has the dtype of --dtype; the student's weights are fp32
     rows = common.load_rows(cfg)
     student, teacher = common.load_pair(cfg, run.device)
     data = common.load_data(cfg, rows, student, teacher)
@@ -95,19 +95,19 @@ def train(cfg) -> dict:
         examples = common.teacher_responses(teacher, examples, cfg)
     examples = [e for e in examples if e.response]
     if cfg.steps and not examples:
-        raise common.BadInput("no training row has a response: name its column with --response, or "
-                              "let the teacher write them with --responses teacher")
+        raise common.BadInput("no training row has a response: name the response column with "
+                              "--response, or let the teacher respond with --responses teacher")
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
-    before = evaluate_test(student)  # before run.start: --resume loads a later student there
+    before = evaluate_test(student)  # now: with --resume, run.start loads a trained student
 
-    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000, because runs are short
+    # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     start = run.start(data.hash, student=student, optimizer=optimizer)
     loss_of = torch.compile(kd_loss, dynamic=True) if cfg.compile else kd_loss
-    kept = {}  # of --cache
+    kept = {}  # {example: teacher's states}, filled with --cache
     student.train()
 
     for step in range(start, cfg.steps):
@@ -128,7 +128,7 @@ def train(cfg) -> dict:
                     teacher_hidden = cached_states(teacher, batch, kept)                # (R,H)
                 elif cfg.alpha > 0:  # the frozen teacher builds no graph
                     teacher_hidden = common.response_states(teacher, batch.for_teacher)
-            # in chunks, because the logits of all R rows need much memory
+            # in chunks: the logits of all R rows would need too much memory
             for rows, part in common.in_chunks(student_hidden, student):
                 student_logits = common.logits_of(student, part)                        # (r,V)
                 teacher_logits = None
@@ -136,7 +136,7 @@ def train(cfg) -> dict:
                     teacher_logits = common.logits_of(teacher, teacher_hidden[rows])    # (r,V)
                 loss, ce, kl = loss_of(student_logits, teacher_logits, batch.targets[rows],
                                        cfg.alpha, cfg.tau)
-                (loss.sum() / n_tokens).backward()  # n_tokens is of the whole step
+                (loss.sum() / n_tokens).backward()  # n_tokens counts the whole step
                 totals += torch.stack([loss.detach().sum(), ce.detach().sum(), kl.detach().sum()])
         totals /= n_tokens
         common.reduce_gradients(student, totals)

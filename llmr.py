@@ -4,33 +4,33 @@ Li, Hao, Mou, "LLMR: Knowledge Distillation with a Large Language Model-Induced 
 LREC-COLING 2024, arxiv.org/abs/2409.12500; code: https://github.com/MANGA-UOFA/Prompt-LLMR
 
 For a prompt x the student q samples a response a_1 .. a_n, with its end-of-sequence token (EOS).
-Token a_t is an action in the state s_t = (x, a_1 .. a_{t-1}). The teacher's logits f(s,a) are read
-as action values, and Bellman's optimality equation then gives the reward. (Our equation numbers.)
+Token a_t is an action in the state s_t = (x, a_1 .. a_{t-1}). We read the teacher p's logits f(s,a)
+as values Q. Bellman: Q(s_t,a_t) = r_t + V(s_{t+1}), which gives r_t. The equation numbers are ours.
 
     Q(s,a) = f(s,a) - mean_a' f(s,a')                               centred logits            (1)
-    r_t    = Q(s_t,a_t) - V(s_{t+1}), V(s) = max_a Q(s,a), V = 0 at the end: induced reward   (2)
-    G_t    = r_t + r_{t+1} + ... + r_n                              return-to-go              (3)
-    w_t    = q(a_t|s_t) / b(a_t|s_t)       b is the sampler; w_t = 1 where b is q             (4)
-    W_t    = stop_gradient[ w_t (G_t - baseline_t) ]                weight                    (5)
-    L      = - 1/B sum over B responses of sum_t W_t log q(a_t|s_t) REINFORCE                 (6)
+    r_t    = Q(s_t,a_t) - V(s_{t+1});  V(s) = max_a Q(s,a), V(s_{n+1}) = 0    reward          (2)
+    G_t    = r_t + r_{t+1} + ... + r_n                                        return-to-go    (3)
+    w_t    = q(a_t|s_t) / b(a_t|s_t)       b: q at the last refresh of --sync; 1 if b is q    (4)
+    W_t    = stop_gradient[ w_t (G_t - baseline_t) ]        weight; baseline_t = 0 by default (5)
+    L      = - mean over the responses of a step of sum_t W_t log q(a_t|s_t)  REINFORCE       (6)
 
-    In the code: f teacher_logits, Q action_value, V state_value, r reward, G returns, b sampler, w
-    ratio (the paper's rho), W weights. --value chooses V: max, the mean under p, or logsumexp.
+    In the code: f = teacher_logits, Q = action_value, V = state_value, r = reward, G = returns, b =
+    sampler, w = ratio (paper: rho), W = weights. --value: V is max, mean under p or logsumexp of Q.
 
-With V = max the total reward is V(s_1) plus the advantages log p(a_t|s_t) - max_a log p(a|s_t).
-None is above 0. So the best response is the teacher's greedy one, and entropy goes to 0.
+With V = max, r_1 + .. + r_n is V(s_1) plus all advantages, log p(a_t|s_t) - max_a log p(a|s_t). No
+advantage is above 0, so the teacher's greedy response is best, and the entropy of q goes to 0.
 
-What differs from the paper (we read its abstract and its code, which lacks its settings):
- 1. Cut responses count, with V = 0 after their last token. The release drops them.
- 2. L is divided by responses, a fixed number; the release divides by tokens.
- 3. The student samples at temperature 1, untruncated, and the sampler is always fresh (--sync 1).
- 4. The release clips W, divides returns, adds an entropy term: tests/controls/llmr_release.py.
+What differs from the released code (it has no settings; of the paper we read only the abstract):
+ 1. Responses without EOS are kept, with V = 0 after their last token. The release drops them.
+ 2. L is divided by the number of responses, which is fixed; the release divides by that of tokens.
+ 3. The student samples at temperature 1 from all tokens (no top-k), and b is always q (--sync 1).
+ 4. The release also clips W, divides G and adds an entropy: see tests/controls/llmr_release.py.
 
-What to watch: `advantage`, summed over a response, is the objective and rises to 0. `nll` of the
-samples falls as the student gives up wordings: see `wording_distance`. The loss has no set goal.
+What to watch: `advantage`, summed over a response, is the objective and rises to 0. `nll` (-log q)
+falls when q stops using some wordings: see `wording_distance`. The size of the loss tells nothing.
 
-    python llmr.py                       from the distilled student
-    python llmr.py --value lse           the return is V(s_1) + log p(y|x), so short responses win
+    python llmr.py                       start from student-kl, a student after long KD
+    python llmr.py --value lse           G_1 is V(s_1) + log p(a_1 .. a_n|x): short responses win
     python llmr.py --baseline value      the weight is the sum of the advantages from t on
     python llmr.py --sync 50             a stale sampler and its importance ratio
     python llmr.py --teacher Qwen/Qwen2.5-1.5B --student my-kl-student --data my.jsonl \
@@ -51,16 +51,16 @@ import common
 class Config(common.Settings):
     student: str = "student-kl"      # where to start: a student after long KD
     value: Literal["max", "mean", "lse"] = "max"  # V of a state: max (Bellman), mean, logsumexp
-    baseline: Literal["none", "value", "mean"] = "none"  # V of the state, or others' mean
+    baseline: Literal["none", "value", "mean"] = "none"  # value: V(s_t); mean: of others' returns
     sync: int = 1                    # steps between refreshes of the sampler; 1: on policy, ratio 1
     steps: int = 400                 # optimizer steps; 0 only evaluates
     lr: float = 1e-3                 # peak; for pretrained models 1e-6 to 1e-5
 
 
 # --- The method -----------------------------------------------------------------------------------
-# Here B: responses of a micro-batch, N: most tokens of one; R: all response tokens, r: of a chunk.
+# In a micro-batch: B responses, N tokens in the longest, R tokens in all, r tokens in a chunk.
 def teacher_values(teacher_logits, targets, value):
-    """Eq. 1: Q of the token, V of its state, advantage of the token. (r,V), (r,) -> three (r,)."""
+    """Q of a token (Eq. 1), V of its state, its advantage. (r,vocabulary), (r,) -> three (r,)."""
     centred = teacher_logits - teacher_logits.mean(-1, keepdim=True)  # (r,V)
     action_value = centred.gather(-1, targets[:, None])[:, 0]         # (r,)
     greatest = centred.amax(-1)                                       # (r,)
@@ -77,7 +77,7 @@ def induced_reward(action_value, state_value, lengths):
     """Eq. 2. Q and V (B,N), lengths (B,) -> (B,N), 0 after the last token of a response."""
     at = torch.arange(action_value.shape[1], device=action_value.device)  # (N,)
     next_value = F.pad(state_value[:, 1:], (0, 1))                        # V(s_2) .. V(s_N), 0
-    next_value = next_value.masked_fill(at >= lengths[:, None] - 1, 0.0)  # V = 0 at the end: note 1
+    next_value = next_value.masked_fill(at >= lengths[:, None] - 1, 0.0)  # V(s_{n+1}) = 0
     return (action_value - next_value).masked_fill(at >= lengths[:, None], 0.0)
 
 
@@ -87,23 +87,23 @@ def returns_to_go(reward):
 
 
 def mean_of_others(returns, lengths, total, count):
-    """The mean return of the tokens of all *other* responses: to include its own return would
-    add a bias. (B,N), (B,), and sum and number of all returns of the step -> (B,1)."""
+    """The mean return over the tokens of all *other* responses; a response's own would add a bias.
+    returns (B,N), lengths (B,), sum and number of all returns of the step -> (B,1)."""
     own = returns.sum(-1, keepdim=True)
     return (total - own) / (count - lengths[:, None]).clamp(min=1)
 
 
 def policy_weights(gain, logprobs, sampler_logprobs):
-    """Eqs. 4 and 5. gain is G - baseline; sampler_logprobs is None on policy, ratio 1. -> (r,)."""
+    """Eqs. 4 and 5 -> (r,). gain = G - baseline. sampler_logprobs None: on policy, so ratio 1."""
     if sampler_logprobs is None:
         return gain.detach()
-    # only this token's ratio: exact would be the product of the ratios up to it
+    # only this token's ratio; an unbiased weight would need the product over the whole response
     ratio = (logprobs - sampler_logprobs).exp()
     return (ratio * gain).detach()  # without detach the gradient of the ratio would count, too
 
 
 def pad_responses(values, lengths):
-    """(R,) values of response tokens -> (B,N): one response a line, filled with 0."""
+    """(R,) values of response tokens -> (B,N): one row for each response, filled up with 0."""
     inside = torch.arange(int(lengths.max()), device=values.device) < lengths[:, None]
     return values.new_zeros(inside.shape).masked_scatter(inside, values)
 
@@ -116,20 +116,20 @@ def train(cfg) -> dict:
         raise common.BadInput("--teacher none: the reward is the teacher's, so name a --teacher")
     run = common.Run(cfg, __file__)
 
-    # data and models: the teacher is frozen, in the compute dtype; the student's weights are fp32
+    # data and models: the frozen teacher has the dtype of --dtype; the student's weights are fp32
     rows = common.load_rows(cfg)
     student, teacher = common.load_pair(cfg, run.device)
-    data = common.load_data(cfg, rows, student, teacher)  # of train, only prompts are used
+    data = common.load_data(cfg, rows, student, teacher)  # training uses only the prompts
     sampler = student if cfg.sync == 1 else copy.deepcopy(student)
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
-    before = evaluate_test(student)  # before run.start: --resume loads a later student there
+    before = evaluate_test(student)  # now: with --resume, run.start loads a trained student
 
-    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000, because runs are short
+    # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
-    parts = {"student": student, "optimizer": optimizer, "sampler": sampler}  # of a checkpoint
+    parts = {"student": student, "optimizer": optimizer, "sampler": sampler}  # for checkpoints
     start = run.start(data.hash, **parts)
     common.no_dropout(student)  # sampling and training must use the same distribution
     student.train()
@@ -179,7 +179,7 @@ def train(cfg) -> dict:
                 student_hidden = common.response_states(student, batch)                  # (R,H)
                 if cfg.sync > 1:
                     stale = common.row_values(common.log_likelihood, sampler, batch)[:, 0]
-            # in chunks, because the logits of all R rows need much memory
+            # in chunks: the logits of all R rows would need too much memory
             for rows, part in common.in_chunks(student_hidden, student):
                 logits = common.logits_of(student, part)                                 # (r,V)
                 logprobs = common.log_softmax_at(logits, batch.targets[rows])            # (r,)

@@ -47,8 +47,8 @@ class Config(common.Settings):
 
 
 # --- The method -----------------------------------------------------------------------------------
-# R: response tokens of a batch, r: of a chunk of it; V: vocabulary, H: hidden size. Each row is one
-# response token, so no loss needs a mask.
+# R: response tokens in a batch, r: in one chunk of it; V: vocabulary, H: hidden size. Each row is
+# one response token, so no loss needs a mask.
 def token_preference_loss(student_logits, teacher_logits, targets, beta, preference, anchor):
     """The loss of each row, its preference, CE and margin, and whether a = b. (r,V), (r,V), (r,) ->
     five (r,)."""
@@ -72,7 +72,7 @@ def train(cfg) -> dict:
         raise common.BadInput("--preference and --anchor are both 0: nothing is learned")
     run = common.Run(cfg, __file__)
 
-    # data and models: the teacher is frozen, in the compute dtype; the student's weights are fp32
+    # data and models: the frozen teacher has the dtype of --dtype; the student's weights are fp32
     rows = common.load_rows(cfg)
     student, teacher = common.load_pair(cfg, run.device)
     data = common.load_data(cfg, rows, student, teacher)
@@ -82,9 +82,9 @@ def train(cfg) -> dict:
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
-    before = evaluate_test(student)  # before run.start: --resume loads a later student there
+    before = evaluate_test(student)  # now: with --resume, run.start loads a trained student
 
-    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000, because runs are short
+    # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     start = run.start(data.hash, student=student, optimizer=optimizer)
@@ -109,13 +109,13 @@ def train(cfg) -> dict:
             with common.precision(cfg, run.device):
                 student_hidden = common.response_states(student, batch)                 # (R,H)
                 teacher_hidden = common.response_states(teacher, batch.for_teacher)     # (R,H)
-            # in chunks, because the logits of all R rows need much memory
+            # in chunks: the logits of all R rows would need too much memory
             for rows, part in common.in_chunks(student_hidden, student):
                 student_logits = common.logits_of(student, part)                        # (r,V)
                 teacher_logits = common.logits_of(teacher, teacher_hidden[rows])        # (r,V)
                 values = loss_of(student_logits, teacher_logits, batch.targets[rows],
                                  cfg.beta, cfg.preference, cfg.anchor)                  # 5 (r,)
-                (values[0].sum() / n_tokens).backward()  # n_tokens is of the whole step
+                (values[0].sum() / n_tokens).backward()  # n_tokens counts the whole step
                 totals += torch.stack([value.detach().sum() for value in values])
         totals /= n_tokens
         common.reduce_gradients(student, totals)

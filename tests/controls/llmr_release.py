@@ -54,7 +54,7 @@ class Config(common.Settings):
 
 
 # --- The method -----------------------------------------------------------------------------------
-# Here B: responses of a micro-batch, N: most tokens of one; R: all response tokens, r: of a chunk.
+# In a micro-batch: B responses, N tokens in the longest, R tokens in all, r tokens in a chunk.
 def teacher_values(teacher_logits, targets, value):
     """Eq. 1: Q of the token, V of its state, advantage of the token. (r,V), (r,) -> three (r,)."""
     centred = teacher_logits - teacher_logits.mean(-1, keepdim=True)  # (r,V)
@@ -119,7 +119,7 @@ def train(cfg) -> dict:
         raise common.BadInput("--teacher none: the reward is the teacher's, so name a --teacher")
     run = common.Run(cfg, __file__)
 
-    # data and models: the teacher is frozen, in the compute dtype; the student's weights are fp32
+    # data and models: the frozen teacher has the dtype of --dtype; the student's weights are fp32
     rows = common.load_rows(cfg)
     student, teacher = common.load_pair(cfg, run.device)
     data = common.load_data(cfg, rows, student, teacher)  # of train, only prompts are used
@@ -127,12 +127,12 @@ def train(cfg) -> dict:
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
-    before = evaluate_test(student)  # before run.start: --resume loads a later student there
+    before = evaluate_test(student)  # now: with --resume, run.start loads a trained student
 
-    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000, because runs are short
+    # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
-    parts = {"student": student, "optimizer": optimizer, "sampler": sampler}  # of a checkpoint
+    parts = {"student": student, "optimizer": optimizer, "sampler": sampler}  # for checkpoints
     start = run.start(data.hash, **parts)
     common.no_dropout(student)  # sampling and training must use the same distribution
     student.train()
@@ -189,7 +189,7 @@ def train(cfg) -> dict:
                     stale = common.row_values(
                         lambda logits, _, a: (sampler_logprobs(logits, a, cfg.top_k),),
                         sampler, batch)[:, 0]                                            # (R,)
-            # in chunks, because the logits of all R rows need much memory
+            # in chunks: the logits of all R rows would need too much memory
             for rows, part in common.in_chunks(student_hidden, student):
                 logits = common.logits_of(student, part)                                 # (r,V)
                 logprobs = common.log_softmax_at(logits, batch.targets[rows])            # (r,)

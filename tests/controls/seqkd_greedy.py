@@ -36,8 +36,8 @@ class Config(common.Settings):
 
 
 # --- The method -----------------------------------------------------------------------------------
-# R: response tokens of a batch, r: of a chunk of it; V: vocabulary, H: hidden size. Each row is one
-# response token, so no loss needs a mask.
+# R: response tokens in a batch, r: in one chunk of it; V: vocabulary, H: hidden size. Each row is
+# one response token, so no loss needs a mask.
 def seqkd_loss(student_logits, targets):
     """CE of each row. (r,V), (r,) -> (r,)."""
     logq = F.log_softmax(student_logits, -1)        # (r,V)
@@ -52,7 +52,7 @@ def train(cfg) -> dict:
         raise common.BadInput("--teacher none: somebody has to write the responses")
     run = common.Run(cfg, __file__)
 
-    # data and models: the teacher is frozen, in the compute dtype; the student's weights are fp32
+    # data and models: the frozen teacher has the dtype of --dtype; the student's weights are fp32
     rows = common.load_rows(cfg)
     student, teacher = common.load_pair(cfg, run.device)
     data = common.load_data(cfg, rows, student, teacher)
@@ -62,9 +62,9 @@ def train(cfg) -> dict:
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
-    before = evaluate_test(student)  # before run.start: --resume loads a later student there
+    before = evaluate_test(student)  # now: with --resume, run.start loads a trained student
 
-    # beta_2 = 0.98 averages squared gradients over 50 steps, not 1000, because runs are short
+    # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     start = run.start(data.hash, student=student, optimizer=optimizer)
@@ -85,11 +85,11 @@ def train(cfg) -> dict:
         for batch in micro:
             with common.precision(cfg, run.device):
                 student_hidden = common.response_states(student, batch)                 # (R,H)
-            # in chunks, because the logits of all R rows need much memory
+            # in chunks: the logits of all R rows would need too much memory
             for rows, part in common.in_chunks(student_hidden, student):
                 student_logits = common.logits_of(student, part)                        # (r,V)
                 loss = loss_of(student_logits, batch.targets[rows])
-                (loss.sum() / n_tokens).backward()  # n_tokens is of the whole step
+                (loss.sum() / n_tokens).backward()  # n_tokens counts the whole step
                 total += loss.detach().sum()
         total /= n_tokens
         common.reduce_gradients(student, total)

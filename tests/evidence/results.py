@@ -30,6 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CSV, PAGE, OUT = ROOT / "assets/results.csv", ROOT / "assets/results.md", Path("out/results")
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # of Student's t, by the number of seeds
+CURVED = {"sft", "kd", "seqkd", "kd-teacher", "dpkd-fresh", "dpkd-frozen", "ddk"}
 CURVES = {"kl_pq", "right", "wording_distance", "worst_gap", "fresh_margin", "margin", "same",
           "preference"}
 
@@ -38,6 +39,10 @@ KD, DPKD, LLMR, GOLD, DDK = (f"{name}.py" for name in ("kd_forward", "dpkd", "ll
 GREEDY, ON_POLICY = "tests/controls/seqkd_greedy.py", "tests/controls/on_policy.py"
 LATE = " --student student-kl --steps 400 --lr 1e-3"
 T1 = " --temperature 1 --top-k 0 --top-p 1"
+WORDS = (" --teacher out/pronounce/runs/teacher/student --max-prompt 32 --max-response 32"
+         " --eval-rows 1000 --eval-every 1000")
+FRESH = f"{WORDS} --student out/pronounce/random-student --steps 3000 --lr 6e-3 --warmup 50"
+TAUGHT = f"{WORDS} --student out/pronounce/runs/kd/student --steps 600"
 FIVE, THREE, TUNE = [20, 21, 22, 23, 24], [20, 21, 22], [0, 1, 2]
 
 # table: (toy task, seeds, {row: command}); @row.share is a mixture that a run of that row had
@@ -100,6 +105,19 @@ TABLES = {
         f"border-{beta}-{refresh}":
             f"{DPKD} --steps 500 --eval-every 500 --beta {beta} --refresh {refresh}"
         for beta in ("0.1", "0.5", "2", "5") for refresh in (1, 4, 16, 64, 0)}),
+    "words": ("pronounce", THREE, {
+        "words-labels": f"{KD} --alpha 0{FRESH}",
+        "words-kd": f"{KD} --cache{FRESH}",
+        "words-seqkd": f"{KD} --alpha 0 --responses teacher{FRESH}",
+        "words-kd-teacher": f"{KD} --responses teacher --cache{FRESH}",
+    }),
+    "words-late": ("pronounce", THREE, {
+        "words-late-kd": f"{KD} --responses teacher --cache{TAUGHT} --lr 1e-3",
+        "words-late-greedy": f"{GREEDY}{TAUGHT} --lr 1e-3",
+        "words-late-on-policy": f"{ON_POLICY}{TAUGHT} --lr 1e-3",
+        "words-late-dpkd": f"{DPKD}{TAUGHT} --lr 1e-3",
+        "words-late-llmr": f"{LLMR} --baseline value{TAUGHT} --lr 3e-4",
+    }),
 }
 ROWS = {row: (task, seeds, command) for task, seeds, rows in TABLES.values()
         for row, command in rows.items()}
@@ -121,16 +139,25 @@ def command_of(row, seed, values):
         return ",".join(f"{name}={share:.4f}" for name, share in sorted(shares.items()))
 
     command = re.sub(r"@([\w-]+)\.(\w+)", fill, command)
-    return [*shlex.split(command), "--data", f"out/{task}-{seed}", "--seed", str(seed),
+    if row not in CURVED and "--eval-every" not in command:
+        command += " --eval-every 5000"  # a curve that no picture shows costs time
+    return [*shlex.split(command), "--data", data_of(task, seed), "--seed", str(seed),
             "--out", str(OUT / f"{row}-{seed}")]
+
+
+def data_of(task, seed):
+    return "out/pronounce/few" if task == "pronounce" else f"out/{task}-{seed}"
 
 
 # --- Running --------------------------------------------------------------------------------------
 def make_instance(task, seed):
-    """out/<task>-<seed>, if it is not there."""
-    folder = ROOT / f"out/{task}-{seed}"
+    """The data and models of a row, if they are not there."""
+    folder = ROOT / data_of(task, seed)
     if folder.is_dir():
         return
+    if task == "pronounce":
+        sys.exit("error: make out/pronounce first: python data/pronounce/prepare.py DICTIONARY "
+                 "out/pronounce --no-stress --train")
     if task != "few":
         call([f"data/{task}/prepare.py", str(folder), "--number", str(seed)])
         return
