@@ -4,24 +4,24 @@ Liu et al., "DDK: Distilling Domain Knowledge for Efficient Large Language Model
 arxiv.org/abs/2407.16154; implemented from the paper's text, since no official code was found.
 
 The corpus has D domains. CE_q[i], CE_p[i] are cross entropies of student q and frozen teacher p on
-fixed validation text of domain i. r_t[i] is its share of the data in interval t, of K steps:
+fixed validation text of domain i. Interval t has K steps; r_t[i] is domain i's share of its data:
 
     gap     = ppl_q / ppl_p = exp(CE_q - CE_p)                a ratio of perplexities (paper: rho)
     r_0     = softmax(gap_0)                                  from the initial student         (1)
     psi     = r_t exp(gap_{t+1})                              gaps at the start of interval t + 1
-    r_{t+1} = smoothing psi / sum(psi) + (1 - smoothing) / D  at smoothing 1 not smoothed      (2)
+    r_{t+1} = smoothing psi / sum(psi) + (1 - smoothing) / D  smoothing = 1: psi / sum(psi)    (2)
     L       = CE + gamma KL(p_tau||q_tau)                     mean over the tokens of a step   (3)
 
     p_tau = softmax(teacher_logits / tau), q_tau likewise. In the code r = shares, K = cfg.interval,
     log_shares is log r; smoothing (the paper's alpha), gamma and tau are in cfg.
 
-A part 1 - smoothing of the data is spread evenly, so every domain gets some. On noise p and q have
-about the same CE, so its gap is near 1 and its share is small.
+The part (1 - smoothing) of the data is spread evenly, so every domain gets some. On random text
+p and q have about the same CE, so the gap is near 1 and the share is small.
 
 What differs from the paper, and what it leaves open:
  1. KL(p||q), the "forward" KL. The paper prints KL(student, teacher); we read that as the arguments
     of F.kl_div, which takes the student first and computes KL(teacher||student).
- 2. Batches are drawn by r, as in Algorithm 1, so (3) has no weights r. It has no factor tau^2.
+ 2. Batches are drawn by r, as in Algorithm 1: (3) is not weighted by r again. (3) has no tau^2.
  3. Interval 0, the paper's "random sample", draws by domain size. r_0 is used only to compute r_1.
  4. No sequence repeats before its domain is used up. Documents, each with EOS, are joined and cut.
 
@@ -30,7 +30,7 @@ What to watch: `gap_<domain>` falls towards 1, and `share_<domain>` follows it. 
 
     python ddk.py                            DDK on six small domains
     python ddk.py --mix uniform              every domain equally often; natural: by size, plain KD
-    python ddk.py --mix no-smoothing         r = softmax(gap) in every interval but the first
+    python ddk.py --mix no-smoothing         r = softmax(gap) from interval 1 on; not --smoothing 1
     python ddk.py --mix code=.4,prose=.3,log=.1,json=.1,csv=.05,noise=.05      a fixed mixture
     python ddk.py --teacher Qwen/Qwen1.5-14B --student Qwen/Qwen1.5-1.8B --data corpus \
         --max-tokens 2048 --lr 3e-5 --steps 30000 --batch-size 256 --accum 64 --interval 1000
@@ -56,7 +56,7 @@ PREPARE = common.HERE / "data/domains/prepare.py"
 class Config(common.Settings):
     mix: str = "ddk"                 # ddk, no-smoothing (Eq. 1), uniform, natural, name=share,...
     interval: int = 30               # K: steps between measuring gaps; 1000 in the paper
-    smoothing: float = 0.5           # share of data that follows the gaps; 1: no smoothing
+    smoothing: float = 0.5           # share of data that follows the gaps; 1: all of it
     gamma: float = 0.2               # weight of the KL beside CE; 0: no distillation
     tau: float = 1.0                 # temperature of both softmaxes in the KL
     gap_rows: int = 64               # validation sequences that measure a gap; 500 in the paper
@@ -223,7 +223,7 @@ def sequence(tokens, before, name):
 
 
 def fixed_shares(mix, names, sizes):
-    """The shares (D,) of a mixture that ignores the gaps; for DDK those by domain size."""
+    """The shares (D,) of a mixture that ignores the gaps. DDK uses them in interval 0: by size."""
     if "=" not in mix:
         shares = [1.0] * len(sizes) if mix == "uniform" else sizes
     else:
@@ -278,7 +278,7 @@ def train(cfg) -> dict:
         raise common.BadInput(f"--mix {cfg.mix}: ddk, no-smoothing, uniform, natural or "
                               "name=share,name=share is wanted")
     if cfg.teacher == "none" and (cfg.gamma > 0 or steered):
-        raise common.BadInput("--teacher none: only --gamma 0 with a fixed --mix needs no teacher")
+        raise common.BadInput("--teacher none: it works only with --gamma 0 and a fixed --mix")
     run = common.Run(cfg, __file__)
 
     # data and models: the frozen teacher has the dtype of --dtype; the student's weights are fp32
@@ -332,7 +332,7 @@ def train(cfg) -> dict:
                 student_hidden = common.response_states(student, batch)                 # (R,H)
                 if cfg.gamma > 0:  # the frozen teacher builds no graph
                     teacher_hidden = common.response_states(teacher, batch)             # (R,H)
-            # in chunks: the logits of all R rows would need too much memory
+            # the logits of all R rows need too much memory; in_chunks joins the gradients
             for rows, part in common.in_chunks(student_hidden, student):
                 student_logits = common.logits_of(student, part)                        # (r,V)
                 teacher_logits = None

@@ -6,7 +6,7 @@ Models", 2024, arxiv.org/abs/2406.19774; code: https://github.com/microsoft/LMOp
 p is the teacher, q the student, x a prompt. y^p is a response sampled by the teacher (paper: y_t),
 y^q is one sampled by the student (paper: y_s). EOS, the end-of-sequence token, is part of both.
 For a reward r, E_q[r(x,y)] - beta KL(q||p) is largest at q = p exp(r/beta) / Z(x); Z(x) normalises.
-So q is best for the reward r(x,y) = beta log [q(y|x)/p(y|x)] + beta log Z(x) (Eqs. 2 to 5). In
+So q is best for r(x,y) = beta log [q(y|x)/p(y|x)] + beta log Z(x) (Eqs. 2 to 5 of the paper). In
 Bradley and Terry's model Pr(y^p beats y^q) is sigmoid(r(x,y^p) - r(x,y^q)), so Z(x) cancels:
 
     log_ratio(y) = log q(y|x) - log p(y|x)               a sum over the tokens of y
@@ -15,17 +15,17 @@ Bradley and Terry's model Pr(y^p beats y^q) is sigmoid(r(x,y^p) - r(x,y^q)), so 
     --length-norm: log_ratio(y) is divided by the number of tokens of y            Eq. 9
     total        = cfg.preference L + cfg.anchor CE(y^p) + cfg.lm_coef CE(corpus)
 
-The paper leaves open when y^q is drawn, but the result depends on it. With fresh y^q (--refresh 1)
-and small beta the mean gradient is beta/2 times that of KL(p||q), as in SeqKD (CE on y^p), and y^q
-adds only variance. With frozen y^q (--refresh 0) the margin grows, and the student collapses.
+When is y^q drawn? The paper does not say. Fresh y^q (--refresh 1) have E[grad log q(y^q|x)] = 0: at
+small beta the mean gradient is beta/2 grad KL(p||q), the direction of SeqKD (CE on y^p), with more
+variance. Frozen y^q (--refresh 0): the margin grows, and q may lose even the right responses.
 
 What differs from the paper:
- 1. --length-norm is off: with it Z(x) does not cancel, so Eq. 9 does not follow from Eq. 2.
+ 1. --length-norm is off: with it Z(x) does not cancel, so Eq. 9 does not follow from r(x,y) above.
  2. We chose beta and lm_coef. y^p is drawn once per prompt. The released code's anchor is off here.
  3. No dropout: log q must be computed from the same distribution that y^q was sampled from.
  4. The released code has another loss, on single tokens: see tests/controls/dpkd_token.py.
 
-What to watch: `fresh_margin`, from new responses to validation prompts, rises to 0 as q nears p. A
+What to watch: `fresh_margin` on new responses; its mean, -beta [KL(p||q) + KL(q||p)], rises to 0. A
 training `margin` far above 0 means that frozen pairs are overfitted, and `nll_student` explodes.
 
     python dpkd.py                               fresh student responses at every step
@@ -49,7 +49,7 @@ class Config(common.Settings):
     refresh: int = 1                 # draw student responses every N steps; 0: once, all at step 0
     beta: float = 0.5                # strength of the KL to p; --length-norm needs a larger one
     length_norm: bool = False        # divide each log-ratio by the length of its response, Eq. 9
-    preference: float = 1.0          # weight of L; at 0 none are drawn for training
+    preference: float = 1.0          # weight of L; at 0 no student responses are drawn for training
     anchor: float = 0.0              # weight of CE on the teacher's responses, mean over tokens
     lm_coef: float = 0.0             # weight of CE on --corpus, the paper's lambda
     corpus: str = ""                 # .txt (blank lines between documents), folder or hub name
@@ -72,8 +72,8 @@ def preference_loss(logq_teacher, logp_teacher, logq_student, logp_student, n_te
 
 
 def response_logprobs(model, batch):
-    """(B,) log q(y|x) of whole responses, EOS included; differentiable. L needs the sum over all
-    chunks. So, above 256 MB of logits, the backward pass computes each chunk's logits again."""
+    """(B,) log q(y|x) of whole responses, with EOS; differentiable. L needs the sum of all chunks
+    before backward(). So above 256 MB no logits are kept: backward() computes them again."""
     def logprobs_of(part, targets):
         return common.log_softmax_at(common.logits_of(model, part), targets)     # (r,)
 
@@ -91,7 +91,7 @@ def fixed_logprobs(model, examples, cfg):
     return common.per_response(common.log_likelihood, model, examples, cfg)[:, 0].float()
 
 
-# logged at a step: means over pairs, but ce over tokens; same: share of pairs with y^q = y^p
+# logged at a step: means over pairs (`ce`: over tokens); `same`: share of pairs with y^q = y^p
 NAMES = ("loss", "preference", "margin", "nll_teacher", "nll_student", "ce", "same", "no_end")
 
 
@@ -109,7 +109,7 @@ def draw_due(step, ids, drawn, examples, student, teacher, cfg):
         due = range(len(examples)) if step == 0 else ()
     elif cfg.refresh == 1:
         due = ids
-    else:  # the ids of all processes: process 0 draws, and saves in its checkpoint, for all
+    else:  # ids of all processes: process 0 draws for all, and its checkpoint holds all
         steps = range(step, step + cfg.refresh) if step % cfg.refresh == 0 else ()
         due = {i for s in steps for i in common.step_indices(len(examples), s, cfg, of_all=True)}
     if not due:
@@ -128,7 +128,7 @@ def draw_due(step, ids, drawn, examples, student, teacher, cfg):
 
 
 def fresh_pairs(teacher, student, examples, cfg):
-    """A function () -> metrics of pairs that nothing was trained on: the teacher's response is
+    """A function () -> metrics of pairs that are never trained on: the teacher's response is
     drawn once, the student's anew at every call."""
     seed = common.sample_seed(cfg.seed + 1, -1)
     by_teacher = common.respond(teacher, examples, cfg, seed=seed)
@@ -186,7 +186,7 @@ def train(cfg) -> dict:
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
-    before = evaluate_test(student)  # now: with --resume, run.start loads a trained student
+    before = evaluate_test(student)  # before run.start, which loads a trained one with --resume
 
     # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),

@@ -12,11 +12,11 @@ the highest, energy. Each even round t shows F_{t-1} to the LLM. All X_t and V_t
     X_t = p(task + real samples + F_{t-1})                                                      (1)
     V_t = p(task + real samples + F_{t-1} + X_t[:2] + "different from all above")               (2)
     E(x,y) = - mean_j log sum_v exp f_v(x, y_<j)    energy over tokens j of y; high: strange    (3)
-    F_t = V_t in order of rising energy, positions floor(.5 b) to floor(.8 b) - 1 (first: 0)    (4)
+    F_t = V_t sorted by rising energy, of it the slice [floor(.5 b) : floor(.8 b)]              (4)
 
 The scorer f (f_v: its logit of token v) is a copy of the student, trained every few rounds. At the
-end a fresh student q learns the label y from the text x. The gradient of its loss, the symmetric
-CE, is small for an unlikely label, because such a label is often wrong:
+end a fresh student q learns the label y from the text x. An unlikely label is often wrong, so the
+loss, the symmetric CE, has a small gradient for such a label:
 
     L = mean over response tokens, whose probability is q_y, of
         ce_weight (-log q_y) + reverse_ce_weight (-log 1e-4) (1 - q_y)                          (5)
@@ -26,12 +26,12 @@ CE, is small for an unlikely label, because such a label is often wrong:
 
 What differs from the paper (we know its abstract and the released code, which does not run as is):
  1. Energies and losses skip padding. The released code averages over 32 tokens, padding included.
- 2. --budget counts samples. The released code counts files, two a round: it uses half the rounds.
+ 2. --budget counts samples. The released code writes two files a round and trains on half of them.
  3. A sample that does not parse, or has the text of a validation or test row, is written anew.
  4. V_t is asked for in every round and task. Prompts show the label before the text.
 
-What to watch: `accuracy` on real test rows. The zero of `energy` is arbitrary, so compare it within
-a round only. `asked` is the number of texts written for each sample kept. `modes` counts topics.
+What to watch: `accuracy` on real test rows. A constant added to all logits shifts `energy`, but no
+probability: compare it within a round. `asked`: texts written per kept sample. `modes`: topics.
 
     python gold.py                              task reviews, with Eqs. 1 to 5
     python gold.py --no-ood                     Eq. 1 alone, without feedback
@@ -62,15 +62,15 @@ import common
 @dataclass
 class Config(common.Settings):
     task: str = "reviews"            # an entry of data/tasks.json, or a .json file of that form
-    data: str = ""                   # real rows: shown to the LLM, and test rows; empty: the task's
+    data: str = ""                   # real rows for prompts and test; empty: the task's own
     budget: int = 3008               # samples to write and to train on
     round_size: int = 8              # b: samples of one call of the LLM
     ood: bool = True                 # Eq. 2 in every round; --no-ood: Eq. 1 alone, no feedback
-    select: Literal["band", "top", "random", "none"] = "band"  # band: Eq. 4; others: controls
+    select: Literal["band", "top", "random", "none"] = "band"  # band: Eq. 4; others: to compare
     feedback: int = 2                # the largest number of samples fed back in a round
     temperature: float = 0.6         # of the LLM's samples; low: rare topics get lost
     top_k: int = 10                  # the LLM samples among its k likeliest tokens; 0: all
-    top_p: float = 0.9               # and among the fewest with this total probability; 1: all
+    top_p: float = 0.9               # and among the fewest likeliest that reach this sum; 1: all
     retrain: int = 12                # rounds between trainings of the scorer; paper's code: 25
     passes: int = 3                  # epochs of scorer training; paper's code: 1
     scorer_lr: float = 2e-3          # constant rate of the scorer; for pretrained models 5e-5
@@ -87,7 +87,7 @@ class Config(common.Settings):
 
 # --- The method -----------------------------------------------------------------------------------
 def energy(logits):
-    """Eq. 3 of each row: minus the log of softmax's denominator. (r,V) -> (r,)."""
+    """Eq. 3 of each row. Heuristic: training tends to lower it on familiar text. (r,V) -> (r,)."""
     return -logits.logsumexp(-1)
 
 
@@ -167,8 +167,8 @@ def load_task(name):
 
 
 def read_sample(row, where, task):
-    """A row of the task's data -> what the student reads and should say, the sample, all right
-    answers (references)."""
+    """A row of the task's data -> what the student reads and should say, the sample, and every
+    correct answer (references)."""
     def column(path):
         value = row
         for part in path.split("."):
@@ -218,7 +218,7 @@ def build_prompt(task, wording, shots, given, opening="plain"):
 
 def parse_sample(text, template, stop):
     """An LLM's text -> {slot: text}, by the words between slots; {} if they do not fit."""
-    text = " " + text.strip()  # with the space a stop string is found at the start, too
+    text = " " + text.strip()  # so a stop string such as " plain" is also found at the start
     for word in stop:
         text = text.split(word)[0]
     pieces, pattern = SLOT.split(template), ""
@@ -239,7 +239,7 @@ def value_of(equation):
             return OPERATIONS[type(node.op)](walk(node.left), walk(node.right))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return -walk(node.operand)
-        return float(node.value if type(node.value) in (int, float) else "no number")  # an error
+        return float(node.value if type(node.value) in (int, float) else "no number")  # ValueError
 
     text = re.sub(r"^\s*[a-zA-Z]\s*=|=.*", "", equation[:200])  # "x = 2 + 3", "2 + 3 = 5": 2 + 3
     try:
@@ -341,7 +341,7 @@ class LLM:
         return ids
 
     def __call__(self, prompts, call, temperature=0.0, top_k=0, top_p=1.0):
-        """[(asked, begun)] -> texts. `call` names the call: its random numbers depend on it."""
+        """[(asked, begun)] -> texts. The random numbers depend on `call`, the name of this call."""
         tokens = [self.tokens(asked, begun) for asked, begun in prompts]
         what = json.dumps([tokens, self.cfg.seed, call, temperature, top_k, top_p])
         key = hashlib.sha1(what.encode()).hexdigest()[:20]
@@ -401,7 +401,7 @@ class LLM:
 
 def pick_shots(task, rows, rng):
     """The K real samples of the whole run, each label as often as any other, from the first K * 10
-    training rows: put typical ones there."""
+    training rows, so the first rows of the data should be typical ones."""
     n, near = task["shots"], min(len(rows), 10 * task["shots"])
     order, chosen = rng.sample(range(near), near), []
     while order and len(chosen) < n:
@@ -481,7 +481,7 @@ def train_scorer(scorer, optimizer, examples, rng, cfg, run):
 
 def train_student(student, optimizer, examples, evaluate, start, cfg, run):
     """Phase 2: the fresh student learns everything that was written, by Eq. 5."""
-    if start == 0:  # so dropout does not depend on phase 1; a checkpoint restores its own state
+    if start == 0:  # so dropout does not depend on phase 1; a checkpoint restores the random state
         torch.manual_seed(cfg.seed + common.processes()[0])
     loss_of = torch.compile(sce_loss, dynamic=True) if cfg.compile else sce_loss
     student.train()
@@ -500,7 +500,7 @@ def train_student(student, optimizer, examples, evaluate, start, cfg, run):
         for batch in micro:
             with common.precision(cfg, run.device):
                 hidden = common.response_states(student, batch)                           # (R,H)
-            # in chunks: the logits of all R rows would need too much memory
+            # the logits of all R rows need too much memory; in_chunks joins the gradients
             for rows, part in common.in_chunks(hidden, student):
                 logits = common.logits_of(student, part)                                  # (r,V)
                 loss, ce = loss_of(logits, batch.targets[rows], cfg.ce_weight,
@@ -529,7 +529,7 @@ def train(cfg) -> dict:
         raise common.BadInput("--teacher none: somebody has to write the samples: name a --teacher")
     if cfg.template != "auto" and set(common.SLOT.findall(cfg.template)) != {"prompt"}:
         raise common.BadInput(f"--template {cfg.template}: it may name only {{prompt}}, which "
-                              "the task's `student` makes from the columns of the data")
+                              "the entry `student` of the task makes from the columns of the data")
     task = load_task(cfg.task)
     cfg = replace(cfg, data=cfg.data or task["data"])
     if not cfg.data:
@@ -565,7 +565,7 @@ def train(cfg) -> dict:
     def evaluate(examples=valid):
         return task_metrics(task, answers_of(examples), [e.row for e in examples])
 
-    before = evaluate(test)  # now: with --resume, run.start loads a trained student
+    before = evaluate(test)  # before run.start, which loads a trained one with --resume
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     data = [[row["prompt"], row["references"]] for part in splits.values() for row in part]

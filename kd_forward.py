@@ -14,7 +14,7 @@ the student is q. At token t, y_<t are the tokens before it, and v runs over the
     tau^2 times smaller, and the factor tau^2 undoes this. In the code: alpha = cfg.alpha, tau =
     cfg.tau, logp = log p_tau; logq is first log q, for CE, and then log q_tau, for the KL.
 
-What differs from the papers (1, 2), and a choice that is easy to overlook (3):
+Points 1 and 2 differ from the papers; point 3 lists choices that are easy to overlook:
  1. SeqKD (see below) learns the teacher's samples at temperature 1; Kim and Rush use beam search.
  2. The mean runs over all response tokens of a step at once, so long responses weigh more.
  3. Only responses have a loss. CE does not divide the logits by tau; Hinton et al. do the same.
@@ -45,7 +45,7 @@ class Config(common.Settings):
     alpha: float = 1.0               # weight of the KL; CE gets 1 - alpha; try .5 on human text
     tau: float = 1.0                 # temperature of both softmaxes; above 1 lifts rare tokens
     responses: Literal["data", "teacher"] = "data"  # the given ones, or the teacher's own
-    cache: bool = False              # keep the teacher's states: the teacher runs in epoch 1 only
+    cache: bool = False              # keep the teacher's hidden states: it runs in epoch 1 only
 
 
 # --- The method -----------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def train(cfg) -> dict:
     """One run: it fills its directory and returns its final metrics."""
     common.check_settings(cfg, alpha=(0, 1), tau=(1e-3, 1e3))
     if cfg.teacher == "none" and (cfg.alpha > 0 or cfg.responses == "teacher"):
-        raise common.BadInput("--teacher none: only --alpha 0 on given responses needs no teacher")
+        raise common.BadInput("--teacher none: it works only with --alpha 0 and --responses data")
     run = common.Run(cfg, __file__)
 
     # data and models: the frozen teacher has the dtype of --dtype; the student's weights are fp32
@@ -100,7 +100,7 @@ def train(cfg) -> dict:
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
-    before = evaluate_test(student)  # now: with --resume, run.start loads a trained student
+    before = evaluate_test(student)  # before run.start, which loads a trained one with --resume
 
     # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
@@ -128,7 +128,7 @@ def train(cfg) -> dict:
                     teacher_hidden = cached_states(teacher, batch, kept)                # (R,H)
                 elif cfg.alpha > 0:  # the frozen teacher builds no graph
                     teacher_hidden = common.response_states(teacher, batch.for_teacher)
-            # in chunks: the logits of all R rows would need too much memory
+            # the logits of all R rows need too much memory; in_chunks joins the gradients
             for rows, part in common.in_chunks(student_hidden, student):
                 student_logits = common.logits_of(student, part)                        # (r,V)
                 teacher_logits = None

@@ -4,30 +4,30 @@ Li, Hao, Mou, "LLMR: Knowledge Distillation with a Large Language Model-Induced 
 LREC-COLING 2024, arxiv.org/abs/2409.12500; code: https://github.com/MANGA-UOFA/Prompt-LLMR
 
 For a prompt x the student q samples a response a_1 .. a_n, with its end-of-sequence token (EOS).
-Token a_t is an action in the state s_t = (x, a_1 .. a_{t-1}). We read the teacher p's logits f(s,a)
-as values Q. Bellman: Q(s_t,a_t) = r_t + V(s_{t+1}), which gives r_t. The equation numbers are ours.
+Token a_t is an action in the state s_t = (x, a_1 .. a_{t-1}). The logits f(s,a) of the teacher p,
+centred, are values Q. Bellman: Q(s_t,a_t) = r_t + V(s_{t+1}), which gives r_t. We number equations.
 
     Q(s,a) = f(s,a) - mean_a' f(s,a')                               centred logits            (1)
     r_t    = Q(s_t,a_t) - V(s_{t+1});  V(s) = max_a Q(s,a), V(s_{n+1}) = 0    reward          (2)
     G_t    = r_t + r_{t+1} + ... + r_n                                        return-to-go    (3)
-    w_t    = q(a_t|s_t) / b(a_t|s_t)       b: q at the last refresh of --sync; 1 if b is q    (4)
+    w_t    = q(a_t|s_t) / b(a_t|s_t)   b: the sampler, a copy of q renewed every --sync steps (4)
     W_t    = stop_gradient[ w_t (G_t - baseline_t) ]        weight; baseline_t = 0 by default (5)
-    L      = - mean over the responses of a step of sum_t W_t log q(a_t|s_t)  REINFORCE       (6)
+    L      = - mean over responses [ sum_t W_t log q(a_t|s_t) ], all of one step  REINFORCE   (6)
 
     In the code: f = teacher_logits, Q = action_value, V = state_value, r = reward, G = returns, b =
-    sampler, w = ratio (paper: rho), W = weights. --value: V is max, mean under p or logsumexp of Q.
+    sampler, w = ratio, W = weights. --value: V is max, mean under p or logsumexp of Q.
 
-With V = max, r_1 + .. + r_n is V(s_1) plus all advantages, log p(a_t|s_t) - max_a log p(a|s_t). No
-advantage is above 0, so the teacher's greedy response is best, and the entropy of q goes to 0.
+The advantage A_t = log p(a_t|s_t) - max_a log p(a|s_t) is never above 0. With V = max, r_1 + .. +
+r_n is V(s_1) + sum_t A_t. So the teacher's greedy response is best, and the entropy of q goes to 0.
 
-What differs from the released code (it has no settings; of the paper we read only the abstract):
+What differs from the released code. (Its settings are not given; we read the paper's abstract.)
  1. Responses without EOS are kept, with V = 0 after their last token. The release drops them.
  2. L is divided by the number of responses, which is fixed; the release divides by that of tokens.
- 3. The student samples at temperature 1 from all tokens (no top-k), and b is always q (--sync 1).
- 4. The release also clips W, divides G and adds an entropy: see tests/controls/llmr_release.py.
+ 3. Defaults: temperature 1, all tokens, b = q (--sync 1). The release: top-k tokens, b an older q.
+ 4. The release also clips W, scales G and adds an entropy to L: tests/controls/llmr_release.py.
 
 What to watch: `advantage`, summed over a response, is the objective and rises to 0. `nll` (-log q)
-falls when q stops using some wordings: see `wording_distance`. The size of the loss tells nothing.
+falls when q drops some right responses; `wording_distance` then rises. The loss tells nothing.
 
     python llmr.py                       start from student-kl, a student after long KD
     python llmr.py --value lse           G_1 is V(s_1) + log p(a_1 .. a_n|x): short responses win
@@ -51,7 +51,7 @@ import common
 class Config(common.Settings):
     student: str = "student-kl"      # where to start: a student after long KD
     value: Literal["max", "mean", "lse"] = "max"  # V of a state: max (Bellman), mean, logsumexp
-    baseline: Literal["none", "value", "mean"] = "none"  # value: V(s_t); mean: of others' returns
+    baseline: Literal["none", "value", "mean"] = "none"  # V(s_t), or the other responses' mean G
     sync: int = 1                    # steps between refreshes of the sampler; 1: on policy, ratio 1
     steps: int = 400                 # optimizer steps; 0 only evaluates
     lr: float = 1e-3                 # peak; for pretrained models 1e-6 to 1e-5
@@ -61,7 +61,7 @@ class Config(common.Settings):
 # In a micro-batch: B responses, N tokens in the longest, R tokens in all, r tokens in a chunk.
 def teacher_values(teacher_logits, targets, value):
     """Q of a token (Eq. 1), V of its state, its advantage. (r,vocabulary), (r,) -> three (r,)."""
-    centred = teacher_logits - teacher_logits.mean(-1, keepdim=True)  # (r,V)
+    centred = teacher_logits - teacher_logits.mean(-1, keepdim=True)  # (r,vocabulary)
     action_value = centred.gather(-1, targets[:, None])[:, 0]         # (r,)
     greatest = centred.amax(-1)                                       # (r,)
     if value == "max":
@@ -124,7 +124,7 @@ def train(cfg) -> dict:
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
-    before = evaluate_test(student)  # now: with --resume, run.start loads a trained student
+    before = evaluate_test(student)  # before run.start, which loads a trained one with --resume
 
     # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
@@ -179,7 +179,7 @@ def train(cfg) -> dict:
                 student_hidden = common.response_states(student, batch)                  # (R,H)
                 if cfg.sync > 1:
                     stale = common.row_values(common.log_likelihood, sampler, batch)[:, 0]
-            # in chunks: the logits of all R rows would need too much memory
+            # the logits of all R rows need too much memory; in_chunks joins the gradients
             for rows, part in common.in_chunks(student_hidden, student):
                 logits = common.logits_of(student, part)                                 # (r,V)
                 logprobs = common.log_softmax_at(logits, batch.targets[rows])            # (r,)
