@@ -181,7 +181,7 @@ def train(cfg) -> dict:
                     stale = common.row_values(common.log_likelihood, sampler, batch)[:, 0]
             # the logits of all R rows need too much memory; in_chunks joins the gradients
             for rows, part in common.in_chunks(student_hidden, student):
-                logits = common.logits_of(student, part)                                 # (r,V)
+                logits = common.logits_of(student, part)                        # (r,vocabulary)
                 logprobs = common.log_softmax_at(logits, batch.targets[rows])            # (r,)
                 weights = policy_weights(gain[rows], logprobs,
                                          None if stale is None else stale[rows])         # (r,)
