@@ -58,7 +58,11 @@ def small_tokenizer(t5=False):
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
 
 
-def small_model(kind, size, vocab, seed=0, **changes):
+def auto_class(config):
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def small_model(kind, size, vocab, seed=0, scale=8, **changes):
     """A random model of a kind; its distributions are far from uniform."""
     name = kind.split("-")[0]
     own = {"gpt2": dict(n_layer=2), "opt": dict(ffn_dim=2 * size, word_embed_proj_dim=size),
@@ -72,10 +76,9 @@ def small_model(kind, size, vocab, seed=0, **changes):
         both |= dict(num_hidden_layers=2, max_position_embeddings=256)
     config = AutoConfig.for_model(name, **both | own.get(name, llama) | changes)
     torch.manual_seed(seed)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = auto.from_config(config)
+    model = auto_class(config).from_config(config)
     for p in model.parameters():  # such small initial weights give nearly uniform distributions
-        p.data *= 8.0 if p.dim() > 1 and name != "t5" else 1.0
+        p.data *= scale if p.dim() > 1 and name != "t5" else 1
     model.role = "student"
     return model.eval()
 

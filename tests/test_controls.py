@@ -3,35 +3,29 @@
 The loops are written as in test_oracle.py, with its tools: plain Python over the unpadded forward
 pass of Hugging Face.
 """
-import dataclasses
-import importlib
-import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import test_oracle as oracle
 import torch
 import torch.nn.functional as F
-from test_oracle import EOS, OTHER, SHARED, at, check, loaded, logits, logprobs
+from conftest import ROOT, flags
+from test_oracle import EOS, OTHER, at, check, loaded, logits, logprobs
+from test_runs import outcome, stopped, train
 
 import common
 import llmr
 from tests.controls import on_policy
 
 root = oracle.root  # the fixture with the data
-ROOT = Path(__file__).resolve().parents[1]
-CONTROLS = ("on_policy", "seqkd_greedy", "dpkd_token", "llmr_release")
+CONTROLS = {"on_policy": {}, "seqkd_greedy": {}, "dpkd_token": {},
+            "llmr_release": dict(sync=2, discard=False)}  # copies its student at step 2
 
 
 def settings(root, name, kind="gpt2", **changes):
-    """Settings of a control; its student has dropout, unless it is trained with it."""
-    s = vars(oracle.settings(root, "kd_forward" if name == "seqkd_greedy" else "dpkd", kind))
-    kept = {key: s[key] for key in (*SHARED, "teacher", "student", "data", "out")}
-    return SimpleNamespace(**{**kept, "script": f"tests.controls.{name}", "teacher_template": None,
-                              "student_share": None, **changes})
+    return oracle.settings(root, f"tests.controls.{name}", kind, **changes)
 
 
 def responses(found, step):
@@ -60,7 +54,7 @@ def test_on_policy_steps_with_the_gradient_of_its_equation(root, kind, changes):
         n = len(losses)
         check(found, step, sum(losses) / n, student, kl=sum(kls) / n, tokens=n)
         own = [x for x, _, _ in oracle.train_rows(found.s) if (step, x) in found.texts["student"]]
-        assert len(own) == 8 * (found.s.student_share or 1)
+        assert len(own) == 8 * found.s.student_share
 
 
 def test_the_expected_gradient_of_the_sampled_form_is_that_of_the_full_kl():
@@ -173,7 +167,7 @@ def test_llmr_release_steps_with_the_gradient_of_its_rules(root, kind, changes):
                     clipped += abs(weight) > s.reward_clip
                     weight = max(-s.reward_clip, min(s.reward_clip, weight))
                 uniform = z[t].logsumexp(-1) - z[t].mean()
-                loss = loss + (-weight * logq[a] + changes.get("entropy", 0) * uniform) / count
+                loss = loss + (-weight * logq[a] + s.entropy * uniform) / count
         assert clipped or not s.reward_clip
         check(found, step, loss, student, tokens=sum(len(y) for _, _, y in rows))
 
@@ -187,44 +181,20 @@ def test_without_its_rules_llmr_release_is_llmr(root):
 
 # ---- runs ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", CONTROLS)
-def test_a_control_that_was_killed_ends_bit_by_bit_where_it_would_have_ended(
-        root, name, monkeypatch):
-    control, ends = importlib.import_module(f"tests.controls.{name}"), []
-    monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
-    for killed in (False, True):
-        stale = dict(sync=2, discard=False) if name == "llmr_release" else {}  # copied at step 2
-        s = settings(root, name, steps=6, save_every=3, **stale)
-        cfg = oracle.config_of(s, control.Config)
-        if killed:
-            with monkeypatch.context() as patch:
-                end_step = common.Run.end_step
-
-                def dies(run, step, end_step=end_step, **parts):
-                    end_step(run, step, **parts)
-                    if step == 4:
-                        raise SystemExit(9)
-                patch.setattr(common.Run, "end_step", dies)
-                with pytest.raises(SystemExit):
-                    control.train(cfg)
-            cfg = dataclasses.replace(cfg, resume=cfg.out)
-        control.train(cfg)
-        out = Path(cfg.out)
-        log = [json.loads(line) for line in open(out / "log.jsonl")]
-        ends.append(((out / "student/model.safetensors").read_bytes(),
-                     [{k: v for k, v in line.items() if k != "seconds"} for line in log]))
-        files = {file.name for file in out.iterdir()}
-        assert files >= {"settings.json", f"{name}.py", "checkpoint.pt", "result.json",
-                         "generations.jsonl"}
-    assert ends[0] == ends[1]
+def test_a_control_that_was_killed_ends_bit_by_bit_where_it_would_have_ended(root, name):
+    whole, killed = (settings(root, name, steps=6, save_every=3, **CONTROLS[name])
+                     for _ in range(2))
+    train(whole)
+    train(stopped(killed, at=4))
+    assert outcome(whole.out) == outcome(killed.out)
+    files = {file.name for file in Path(whole.out).iterdir()}
+    assert files >= {"settings.json", f"{name}.py", "checkpoint.pt", "generations.jsonl"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONTROLS)
-def test_a_control_runs_as_a_file_and_as_a_module(root, name, tmp_path):
-    s = settings(root, name)
-    flags = ["--teacher", s.teacher, "--student", s.student, "--data", s.data, "--steps", "2",
-             "--batch-size", "4", "--max-prompt", "24", "--max-response", "8", "--eval-rows", "1"]
-    for i, command in enumerate(([f"tests/controls/{name}.py"], ["-m", f"tests.controls.{name}"])):
-        done = subprocess.run([sys.executable, *command, *flags, "--out", str(tmp_path / str(i))],
-                              cwd=ROOT, capture_output=True, text=True)
+def test_a_control_runs_as_a_file_and_as_a_module(root, name):
+    for command in ([f"tests/controls/{name}.py"], ["-m", f"tests.controls.{name}"]):
+        command += flags(settings(root, name, steps=2, **CONTROLS[name]))
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]

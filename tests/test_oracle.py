@@ -13,7 +13,6 @@ so the order of its rows plays no part. A script is watched at three places:
 p is the teacher, q the student, x a prompt, y a response with its EOS (end-of-sequence token).
 """
 import copy
-import dataclasses
 import functools
 import importlib
 import itertools
@@ -28,36 +27,22 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 import torch
+from conftest import auto_class, small_model, write_rows
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 import common
 
-torch.set_num_threads(1)  # steps this small take longer on two threads
-
 SHARED = dict(template="{prompt} :", max_prompt=24, max_response=8, holdout=0.2, steps=4,
-              batch_size=8, accum=1, lr=0.02, warmup=1, clip=1e9, eval_every=100, eval_rows=1,
-              log_every=1, save_every=100, seed=0, device="cpu", dtype="float32")
-METHOD = {  # None: left out, so that the script's own default holds
-    "kd_forward": dict(alpha=1.0, tau=1.0, responses="data", cache=False, teacher_template=None),
-    "llmr": dict(value="max", baseline="none", sync=1, teacher_template=None),
-    "dpkd": dict(refresh=1, beta=0.1, length_norm=False, preference=1.0, anchor=0.0, lm_coef=0.0,
-                 corpus=None, teacher_template=None),
-    "gold": dict(budget=24, round_size=4, select="band", feedback=2, temperature=1.0, top_k=0,
-                 top_p=1.0, retrain=1, passes=1, scorer_lr=0.05, batch_size=24, accum=2,
-                 ce_weight=0.3, reverse_ce_weight=0.7),
-    "ddk": dict(mix="ddk", interval=100, smoothing=0.5, gamma=0.2, tau=1.0, gap_rows=10**4,
-                max_tokens=12, batch_size=12)}
+              batch_size=8, lr=0.02, warmup=1, clip=1e9, eval_every=100, eval_rows=1,
+              log_every=1, save_every=100, device="cpu", dtype="float32")
+METHOD = {
+    "dpkd": dict(beta=0.1),
+    "gold": dict(budget=24, round_size=4, temperature=1.0, top_k=0, top_p=1.0, retrain=1, passes=1,
+                 scorer_lr=0.05, batch_size=24, accum=2, ce_weight=0.3, reverse_ce_weight=0.7),
+    "ddk": dict(interval=100, gap_rows=10**4, max_tokens=12, batch_size=12)}
 OTHER = "bad : {prompt} good"  # a --teacher-template
 
 # Fourteen tokens: of a random model's texts of at most 8 tokens about half end with an EOS.
@@ -84,24 +69,12 @@ def make_pair(folder, kind, dropout):
     for role, n, seed in (("student", 16, 17), ("teacher", 32, 32)):
         own = kind.split("<")[0 if role == "student" else -1]
         padded = 3 if own == "llama" and role == "teacher" else 0  # rows of a head without a token
-        more = {"gpt2": dict(n_layer=2, attn_pdrop=dropout, resid_pdrop=dropout,
-                             embd_pdrop=dropout),
-                "llama": dict(num_hidden_layers=2, num_key_value_heads=1, intermediate_size=2 * n),
-                "t5": dict(num_layers=1, d_ff=2 * n, d_kv=n // 2, decoder_start_token_id=0,
-                           scale_decoder_outputs=True, dropout_rate=dropout)}
-        config = AutoConfig.for_model(
-            own, hidden_size=n, num_attention_heads=2, vocab_size=VOCAB + padded, bos_token_id=EOS,
-            eos_token_id=EOS, pad_token_id=0, **more[own])
-        torch.manual_seed(seed)
-        model = auto_class(config).from_config(config)
-        for p in model.parameters():  # such small initial weights give nearly uniform distributions
-            p.data *= 3 if p.dim() > 1 and own != "t5" else 1
+        more = {"gpt2": dict(attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout),
+                "t5": dict(scale_decoder_outputs=True, dropout_rate=dropout)}
+        model = small_model(own, n, VOCAB + padded, seed, scale=3, bos_token_id=EOS,
+                            eos_token_id=EOS, **more.get(own, {}))
         model.save_pretrained(folder / role)
         tokenizer.save_pretrained(folder / role)
-
-
-def auto_class(config):
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -112,31 +85,27 @@ def root(tmp_path_factory):
     def text(low, high, words=WORDS[5:]):
         return " ".join(rng.choices(words, k=rng.randint(low, high)))
 
-    def write(name, rows):
-        (root / name).parent.mkdir(exist_ok=True)
-        (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
     for split, n in (("train", 8), ("valid", 3), ("test", 3)):
         rows = [{"prompt": text(3, 9), "response": text(2, 9)} for _ in range(n)]
         rows[0]["response"] += 7 * " good"  # longer than --max-response
-        write(f"rows/{split}.jsonl", rows)
+        write_rows(root / f"rows/{split}.jsonl", rows)
         rows = [{"text": text(3, 6), "label": label} for label in ["bad", "good"] * 3]
-        write(f"reviews/{split}.jsonl", rows)
-    write("task.json", [{
+        write_rows(root / f"reviews/{split}.jsonl", rows)
+    write_rows(root / "task.json", [{
         "about": "", "fields": {"text": "text"}, "label": "label", "shots": 2, "max_new": 8,
         "labels": {"bad": "", "good": ""}, "student": "then {text}", "lengths": [10, 120],
         "stop": [" :"], "write": {"prompt": "{shots}", "shot": "{sample} : ",
                                   "sample": "{label} {text}", "plain": "", "ood": ""}}])
     for i, (name, n) in enumerate((("big", 160), ("mid", 100), ("small", 70))):
         rows = [{"text": text(4, 14, WORDS[5 + 2 * i:10 + 2 * i])} for _ in range(n)]
-        write(f"domains/{name}.jsonl", rows + rows[:5])  # some documents occur twice
+        write_rows(root / f"domains/{name}.jsonl", rows + rows[:5])  # some occur twice
     (root / "corpus.txt").write_text("\n\n".join(text(15, 15) for _ in range(4)))
     return root
 
 
 def train_rows(s):
     """Of each training row the student's prompt, the teacher's, and the response, as tokens."""
-    rows, own = [], s.template or "{prompt}\n"
+    rows, own = [], s.template.replace("auto", "{prompt}\n")
     for row in map(json.loads, open(f"{s.data}/train.jsonl")):
         x = prompt(row["prompt"], own, s.student)
         x_teacher = prompt(row["prompt"], s.teacher_template or own, s.teacher)
@@ -159,25 +128,19 @@ number = itertools.count()
 
 
 def settings(root, script, kind, **changes):
-    """The settings of a run by their new names, and in `script` which one is to run."""
-    dropout = 0.3 if script in ("llmr", "dpkd") else 0.0  # these two must leave the student's out
+    """The Config of a script."""
+    Config = importlib.import_module(script).Config
+    trains_with_it = ("kd_forward", "gold", "ddk", "tests.controls.seqkd_greedy")
+    dropout = 0.0 if script in trains_with_it else 0.3  # the others must leave the student's out
     pair, out = root / f"{kind}-{dropout}", root / f"run{next(number)}"
-    data = root / {"gold": "reviews", "ddk": "domains"}.get(script, "rows")
     if not pair.exists():
         make_pair(pair, kind, dropout)
+    data = root / {"gold": "reviews", "ddk": "domains"}.get(script, "rows")
     paths = dict(teacher=pair / "teacher", student=pair / "student", data=data, out=out)
+    paths |= {"task": root / "task.json"} if script == "gold" else {}
+    shared = {name: value for name, value in SHARED.items() if name not in Config.unused}
     paths = {name: str(path) for name, path in paths.items()}
-    return SimpleNamespace(**{"script": script, **SHARED, **METHOD[script], **paths, **changes})
-
-
-def config_of(s, Config):
-    """Of the shared settings a script takes those that it has."""
-    names = {f.name for f in dataclasses.fields(Config)} - {*getattr(Config, "unused", ())}
-    values = {}
-    for name, value in vars(s).items():
-        if value is not None and name != "script" and (name in names or name not in SHARED):
-            values[name] = value
-    return Config(**values)
+    return Config(**{**shared, **METHOD.get(script, {}), **paths, **changes})
 
 
 def run(s, steps=2):
@@ -187,7 +150,7 @@ def run(s, steps=2):
              many steps that one remembered, and which lines the student read under gradient
     texts    {"student", "teacher": {(number of the step, prompt): what it wrote}}
     """
-    script = importlib.import_module(s.script)
+    train = importlib.import_module(type(s).__module__).train
     found = SimpleNamespace(s=s, steps=[], texts={"student": {}, "teacher": {}}, read=[])
     real_step, real_sample = torch.optim.AdamW.step, common.sample
     real_embed = torch.nn.Embedding.forward
@@ -217,12 +180,11 @@ def run(s, steps=2):
         return real_embed(module, tokens)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", s.out + "-cache")  # else the teacher would not answer anew
         patch.setattr(torch.optim.AdamW, "step", step)
         patch.setattr(torch.nn.Embedding, "forward", embed)
         patch.setattr(common, "sample", sample)
         try:
-            script.train(config_of(s, script.Config))
+            train(s)
         except Stop:
             pass
     return found
@@ -309,7 +271,7 @@ def check_kd(found, step):
 
 
 @pytest.mark.parametrize("kind, changes", [
-    ("llama", {}), ("gpt2", dict(template=None)), ("gpt2", dict(alpha=0.0, accum=8)),
+    ("llama", {}), ("gpt2", dict(template="auto")), ("gpt2", dict(alpha=0.0, accum=8)),
     ("gpt2", dict(alpha=0.5, tau=2.0, accum=2, teacher_template=OTHER, cache=True)),
     ("llama", dict(alpha=0.3, tau=0.5, accum=2, responses="teacher")),
     ("t5", dict(tau=2.0, accum=2, teacher_template=OTHER, cache=True)),
@@ -419,18 +381,12 @@ def corpus_ce(student, s):
     ("gpt2", dict(beta=0.3, length_norm=True, preference=0.7, accum=8)),
     ("t5", dict(anchor=0.5, accum=2, teacher_template=OTHER)),
     ("t5<gpt2", dict(accum=2)), ("gpt2<t5", dict(anchor=0.5)),
-    ("gpt2", dict(refresh=0, accum=2)), ("t5", dict(refresh=0, length_norm=True, anchor=0.3))])
+    ("gpt2", dict(refresh=0, accum=2)), ("t5", dict(refresh=0, length_norm=True, anchor=0.3)),
+    ("gpt2", dict(lm_coef=0.5, accum=2))])
 def test_dpkd_steps_with_the_gradient_of_its_equations(root, kind, changes):
-    found = run(settings(root, "dpkd", kind, **changes))
+    found = run(settings(root, "dpkd", kind, corpus=str(root / "corpus.txt"), **changes))
     check_dpkd(found, step=0)
     check_dpkd(found, step=1)  # with --refresh 0 still against what the starting student wrote
-
-
-def test_dpkd_adds_the_ce_of_its_corpus(root):
-    corpus = str(root / "corpus.txt")
-    found = run(settings(root, "dpkd", "gpt2", lm_coef=0.5, corpus=corpus, accum=2))
-    check_dpkd(found, step=0)
-    check_dpkd(found, step=1)
 
 
 # ---- gold.py: one run, three rounds of 4 + 4 samples, the scorer f trained before the last two --
@@ -439,7 +395,7 @@ def test_dpkd_adds_the_ce_of_its_corpus(root):
 @pytest.fixture(scope="module", params=["gpt2", "t5<gpt2"])
 def gold(root, request):
     """Two steps of the scorer, then two of the student, on what a random GPT-2 wrote."""
-    found = run(settings(root, "gold", request.param, task=str(root / "task.json")), steps=4)
+    found = run(settings(root, "gold", request.param), steps=4)
     found.samples = [json.loads(line) for line in open(f"{found.s.out}/samples.jsonl")]
     found.strange = [sample for sample in found.samples if sample.get("energy") is not None]
     return found
@@ -578,8 +534,7 @@ def test_ddk_shares_follow_the_gaps_on_validation_sequences_and_never_on_test_on
     ("llmr", check_llmr, dict(baseline="mean"))])
 def test_two_processes_step_with_the_gradient_of_the_whole_batch(
         root, tmp_path, script, check_step, changes):
-    s = settings(root, script, "gpt2", accum=2, **changes)
-    (tmp_path / "settings.json").write_text(json.dumps(vars(s)))
+    torch.save(settings(root, script, "gpt2", accum=2, **changes), tmp_path / "settings.pt")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*torchrun, __file__, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -591,5 +546,6 @@ def test_two_processes_step_with_the_gradient_of_the_whole_batch(
 
 
 if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[1], "settings.json").read_text())
-    torch.save(run(SimpleNamespace(**given)), Path(sys.argv[1], f"{os.environ['RANK']}.pt"))
+    folder = Path(sys.argv[1])
+    found = run(torch.load(folder / "settings.pt", weights_only=False))
+    torch.save(found, folder / f"{os.environ['RANK']}.pt")
