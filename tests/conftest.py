@@ -93,13 +93,11 @@ def plain_logits(model, x, y):
 
 
 def make_pair(kind, root):
-    """Save a tiny teacher and student -> their directories. Qwen2's heads are padded to different
-    sizes. Of kind t5<gpt2 the student is a T5 and its teacher a GPT-2."""
+    """Save a tiny teacher and student -> their directories. Qwen2's heads differ in size."""
     tokenizer = small_tokenizer("t5" in kind)
     for role, size, seed in (("teacher", 32, 1), ("student", 16, 2)):
-        own = kind.split("<")[-1 if role == "teacher" else 0]
-        padded = 24 if own == "qwen2" and role == "teacher" else 8
-        model = small_model(own, size, len(tokenizer) + padded, seed,
+        padded = 24 if kind == "qwen2" and role == "teacher" else 8
+        model = small_model(kind, size, len(tokenizer) + padded, seed,
                             eos_token_id=tokenizer.eos_token_id)
         model.save_pretrained(root / role)
         tokenizer.save_pretrained(root / role)
@@ -116,33 +114,30 @@ def make_rows(path):
     """A JSONL file of 80 rows: the response has the prompt's 3 to 9 words in order."""
     rng = random.Random(1)
     prompts = [rng.choices(WORDS, k=rng.randint(3, 9)) for _ in range(80)]
-    return write_rows(path, [{"prompt": " ".join(words), "response": " ".join(sorted(words))}
-                             for words in prompts])
+    write_rows(path, [{"prompt": " ".join(words), "response": " ".join(sorted(words))}
+                      for words in prompts])
 
 
 def make_corpus(path):
     """A folder of three domains with a vocabulary each, of which the first is the largest."""
+    rng = random.Random(0)
     for i, (name, n) in enumerate((("big", 400), ("mid", 150), ("small", 80))):
-        rng = random.Random(i)
         texts = [rng.choices(WORDS[6 * i:6 * i + 8], k=rng.randint(5, 30)) for _ in range(n)]
         write_rows(path / f"{name}.jsonl", [{"text": " ".join(words)} for words in texts])
-    return path
 
 
 def make_task(root):
-    """A task for gold.py whose samples even a random LLM can write -> its file; its rows are in
-    the folder reviews."""
+    """A task for gold.py whose samples even a random LLM can write, and its rows in reviews/."""
     rng = random.Random(2)
     for split, n in (("train", 20), ("valid", 6), ("test", 8)):
         rows = [{"text": " ".join(rng.choices(WORDS, k=4)), "label": rng.choice(["bad", "good"])}
                 for _ in range(n)]
         write_rows(root / f"reviews/{split}.jsonl", rows)
-    return write_rows(root / "task.json", [{
-        "data": str(root / "reviews"), "fields": {"text": "text"}, "label": "label",
-        "labels": {"bad": "", "good": ""}, "student": "{text}", "shots": 2, "max_new": 8,
-        "lengths": [1, 400], "stop": [], "write": {"prompt": "{shots}", "shot": "{sample} ! ",
-                                                   "sample": "{label} {text}", "plain": "",
-                                                   "ood": "then "}}])
+    write_rows(root / "task.json", [{
+        "fields": {"text": "text"}, "label": "label", "labels": {"bad": "", "good": ""},
+        "student": "{text}", "shots": 2, "max_new": 8, "lengths": [1, 400], "stop": [],
+        "write": {"prompt": "{shots}", "shot": "{sample} ! ", "sample": "{label} {text}",
+                  "plain": "", "ood": "then "}}])
 
 
 def small_run(Config, pair, data, out, /, **settings):
@@ -156,18 +151,11 @@ def small_run(Config, pair, data, out, /, **settings):
 
 
 def any_run(script, root, out, /, **settings):
-    """small_run of any script; its models and data are made in `root` where they are missing."""
+    """small_run of any script, with the models and data of the fixture any_root."""
     Config = importlib.import_module(script).Config
-    pair = root / "models/teacher", root / "models/student"
-    if not pair[1].exists():
-        make_pair("gpt2", root / "models")  # GPT-2 has dropout
-    if script == "gold":
-        task = root / "task.json" if (root / "task.json").exists() else make_task(root)
-        return small_run(Config, pair, root / "reviews", out, task=str(task), **settings)
-    data = root / ("corpus" if script == "ddk" else "rows.jsonl")
-    if not data.exists():
-        make_corpus(data) if script == "ddk" else make_rows(data)
-    return small_run(Config, pair, data, out, **settings)
+    data = {"gold": "reviews", "ddk": "corpus"}.get(script, "rows.jsonl")
+    return small_run(Config, (root / "models/teacher", root / "models/student"), root / data, out,
+                     task=str(root / "task.json"), **settings)
 
 
 def flags(cfg):
@@ -188,13 +176,18 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def any_root(tmp_path_factory):
-    """Where any_run keeps the models and data it makes."""
-    return tmp_path_factory.mktemp("any")
+    """Models with dropout, and data for all scripts."""
+    root = tmp_path_factory.mktemp("any")
+    make_pair("gpt2", root / "models")
+    make_rows(root / "rows.jsonl")
+    make_corpus(root / "corpus")
+    make_task(root)
+    return root
 
 
 @pytest.fixture(scope="session")
-def rows_file(tmp_path_factory):
-    return make_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+def rows_file(any_root):
+    return any_root / "rows.jsonl"
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import common
 
-pytestmark = pytest.mark.slow
 PLAIN = dict(vocab_size=328, bos_token_id=0, eos_token_id=0, pad_token_id=0)
 OLD = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)  # GPT-2 and its kin
 NEW = dict(OLD, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=128)
@@ -71,6 +70,7 @@ def build(name, settings):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS])
 def test_states_logits_and_greedy_samples_are_those_of_transformers(name):
     """Prompts of 1 to 12 tokens in one batch; an EOS that comes up soon makes rows leave it."""

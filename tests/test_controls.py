@@ -10,13 +10,10 @@ from pathlib import Path
 import pytest
 import test_oracle as oracle
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, flags
 from test_oracle import EOS, OTHER, at, check, loaded, logits, logprobs
 from test_runs import outcome, stopped, train
 
-import common
-import llmr
 from tests.controls import on_policy
 
 root = oracle.root  # the fixture with the data
@@ -72,27 +69,6 @@ def test_the_expected_gradient_of_the_sampled_form_is_that_of_the_full_kl():
         assert torch.equal(same_kl, kl)
     assert torch.allclose(expected, wanted, atol=1e-12)
     assert wanted.abs().max() > 0.1
-
-
-def test_llmr_with_lse_values_less_log_q_and_without_return_to_go_is_the_sampled_form():
-    """G_t - V(s_t) sums log p of this token and of all later ones; the later ones are taken off."""
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.tensor([3, 5])
-    z, f = (torch.randn(8, 6, dtype=torch.float64, generator=generator) for _ in range(2))
-    targets = torch.randint(6, (8,), generator=generator)
-    values = llmr.teacher_values(f, targets, "lse")
-    action_value, state_value, _ = (llmr.pad_responses(v, lengths) for v in values)
-    reward = llmr.induced_reward(action_value, state_value, lengths)
-    to_go = llmr.returns_to_go(reward) - state_value  # --baseline value
-    this = to_go - F.pad(to_go[:, 1:], (0, 1))
-    inside = torch.arange(5) < lengths[:, None]
-    logq = common.log_softmax_at(z.requires_grad_(), targets)
-    weights = llmr.policy_weights(this[inside] - logq, logq, None)
-    sampled, _ = on_policy.reverse_kl_loss(z, f, targets, "sampled")
-    assert torch.allclose(-weights * logq, sampled)
-    gradients = [torch.autograd.grad(loss.sum(), z, retain_graph=True)[0]
-                 for loss in (-weights * logq, sampled)]
-    assert torch.allclose(*gradients)
 
 
 # ---- seqkd_greedy.py: CE on y_t = argmax_v p(v|x,y_<t) -------------------------------------------

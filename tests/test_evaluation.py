@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import small_model
+from conftest import plain_logits, small_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -45,13 +45,7 @@ def examples(known=True, copies=1):
 @torch.no_grad()
 def logprobs(kind, seed, x, y, tau=1.0):
     """(len(y), V), by the plain forward pass of one response."""
-    m = model(kind, seed)
-    if kind == "gpt2":
-        logits = m(input_ids=torch.tensor([x + y])).logits[0, len(x) - 1:-1]
-    else:
-        logits = m(input_ids=torch.tensor([x]), decoder_input_ids=torch.tensor([[0] + y[:-1]])
-                   ).logits[0]
-    return (logits / tau).double().log_softmax(-1)
+    return (plain_logits(model(kind, seed), x, y) / tau).double().log_softmax(-1)
 
 
 def chance(logp, y):
@@ -148,25 +142,12 @@ def test_what_was_generated_is_scored_greedy_for_rouge_and_matches_and_sampled_f
     assert not {"kl_pq", "right", "wording_distance"} & set(m)
 
 
-def test_without_references_the_response_of_a_row_is_its_reference(monkeypatch):
-    row = common.read_row({"prompt": "a", "response": "d  d"}, "here", CFG)
+@pytest.mark.parametrize("row", [{"response": "d  d"}, {"references": "d d"}])
+def test_the_response_of_a_row_or_a_plain_string_is_one_reference(row, monkeypatch):
+    row = common.read_row({"prompt": "a", **row}, "here", CFG)
     evaluate = common.Evaluator(CFG, None, [Example([1], [1], [4, 4, EOS], row)])
     monkeypatch.setattr(common, "respond", lambda m, rows, *_: rows)  # it says what is given
     assert evaluate(model("gpt2", 1))["exact_match"] == 1
-
-
-def test_references_given_as_a_plain_string_are_one_reference_and_not_letters():
-    row = common.read_row({"prompt": "a", "references": "b c"}, "here", CFG)
-    assert row["references"] == ["b c"]
-    with pytest.raises(common.BadInput, match="here: references must be texts"):
-        common.read_row({"prompt": "a", "references": ["b"], "probs": [0.5, 0.5]}, "here", CFG)
-
-
-def test_rows_with_known_responses_need_equally_many(monkeypatch):
-    rows = examples()
-    rows[0].row |= {"references": ["a"], "probs": [1.0]}
-    with pytest.raises(common.BadInput, match="equally many references"):
-        common.Evaluator(CFG, None, rows)
 
 
 def test_an_evaluation_repeats_and_leaves_dropout_out_and_training_mode_on():

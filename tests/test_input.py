@@ -6,15 +6,16 @@ import importlib
 import json
 import logging
 import re
+import shlex
 import shutil
 
 import conftest
 import pytest
 import torch
-from conftest import any_run, flags, small_model, small_run, write_rows
+from conftest import any_run, flags, small_run, write_rows
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, XLNetConfig
+from transformers import AutoTokenizer
 
 import common
 import kd_forward
@@ -114,35 +115,36 @@ def row_of(data, where):
 
 
 # --- Bad input: exit status 2 and one sentence --------------------------------------------------
-# name: (command line, words of the sentence, files {name: content}, edits {role: edit}, script)
-def bad(line, *words, script="kd_forward", files=None, **edits):
-    return line, words, files or {}, edits, script
+def bad(command, *sentence, script="kd_forward", files=None, **edits):
+    """A command line, words of the sentence, {file: content}, {role: edit of its model}."""
+    return command, sentence, files or {}, edits, script
 
 
-def lines(text, name="d.jsonl", *words, template=""):
+def data(name, content, *words, **more):
+    """A file that cannot be used."""
+    return bad(f"--data {name}", *words, files={name: content}, **more)
+
+
+def line(text, *words):
     """A bad row behind a good one."""
-    content = ROW.encode() + (text if isinstance(text, bytes) else text.encode()) + b"\n"
-    return bad(f"--data {name} {template}", name, "line 2", *words, files={name: content})
+    return data("d.jsonl", ROW + text, "d.jsonl, line 2", *words)
 
 
-prefixed = lambda prefix: weights(lambda w: {prefix + k: v for k, v in w.items()})
 without = lambda part: weights(lambda w: {k: v for k, v in w.items() if part not in k})
-MANY = "".join(json.dumps(r) + "\n" for r in rows_of(60, prompt="cat {i}", response="dog"))
-CHATS = "".join(json.dumps({"messages": [{"role": "user", "content": f"cat {i}"},
-                                         {"role": "assistant", "content": "dog"}]}) + "\n"
-                for i in range(60))
-TURN = '{"messages": [{"role": "user", "content": %s}]}'
+more_tokens = tokenizer(lambda t: t.add_tokens([f"zz{i}" for i in range(9)]))
+jsonl = lambda rows: "".join(json.dumps(row) + "\n" for row in rows)
+MANY = jsonl(rows_of(60, prompt="cat {i}", response="dog"))
+CHATS = jsonl(rows_of(60, messages=[{"role": "user", "content": "cat {i}"},
+                                    {"role": "assistant", "content": "dog"}]))
 BAD = {
     # the command line
     "unknown setting": bad("--alpah 1", "--alpah"),
     "not a number": bad("--steps 1e3", "--steps", "1e3"),
     "no choice": bad("--responses both", "--responses", "'data', 'teacher'"),
     "alpha": bad("--alpha 1.5", "--alpha 1.5", "between 0 and 1"),
-    "tau": bad("--tau 0", "--tau 0"),
-    "steps": bad("--steps=-1", "--steps -1"),
     "lr is no number": bad("--lr nan", "--lr nan"),
-    "holdout": bad("--holdout 0.9", "--holdout 0.9", "0.4"),
     "micro-batches": bad("--accum 3", "--batch-size 8", "--accum 3"),
+    "out": bad("--out d.jsonl/run", "cannot be written there", files={"d.jsonl": ROW}),
     "device": bad("--device cuda:77", "--device cuda:77", "cannot be used"),
     "no teacher": bad("--teacher none", "--teacher none"),
     "no teacher for llmr": bad("--teacher none", "--teacher none", script="llmr"),
@@ -155,69 +157,49 @@ BAD = {
     "domain without text": bad("--domains a=a.jsonl,b=a.jsonl", "text", script="ddk",
                                files={"a.jsonl": ROW}),
     "unknown task": bad("--task nope", "--task nope", "reviews", script="gold"),
-    "label of no class": bad("--data d.jsonl", "d.jsonl, line 1", "'odd'", "bad, good",
-                             script="gold", files={"d.jsonl": '{"text": "a", "label": "odd"}\n'}),
-    "column of a task": bad("--data d.jsonl", "d.jsonl, line 1", "no column label",
-                            script="gold", files={"d.jsonl": '{"text": "a"}\n'}),
+    "label of no class": data("d.jsonl", '{"text": "a", "label": "odd"}', "d.jsonl, line 1",
+                              "'odd'", "bad, good", script="gold"),
+    "column of a task": data("d.jsonl", '{"text": "a"}', "d.jsonl, line 1", "no column label",
+                             script="gold"),
     # files of rows
     "no file": bad("--data no.jsonl", "--data no.jsonl", "no such file"),
-    "no file, compressed": bad("--data no.jsonl.gz", "--data no.jsonl.gz", "no such file"),
     "no folder": bad("--data no/such", "--data no/such", "no file", "no data set"),
-    "file before models": bad("--data no.jsonl --student nowhere", "--data no.jsonl"),
-    "columns before models": bad("--data d.jsonl --student nowhere", "no column prompt",
-                                 files={"d.jsonl": '{"text": "a"}\n'}),
-    "another form": bad("--data d.txt", "d.txt", ".jsonl, .csv, .tsv, .json, .parquet",
-                        files={"d.txt": "a"}),
-    "empty": bad("--data d.jsonl", "d.jsonl", "none is left", files={"d.jsonl": "\n"}),
-    "empty, to evaluate": bad("--data d.jsonl --steps 0", "d.jsonl", files={"d.jsonl": ""}),
-    "too few rows": bad("--data d.jsonl", "d.jsonl", "none is left", files={"d.jsonl": ROW}),
+    "another form": data("d.txt", "a", "d.txt", ".jsonl, .csv, .tsv, .json, .parquet"),
+    "empty": data("d.jsonl", "\n", "d.jsonl", "none is left"),
+    "too few rows": data("d.jsonl", ROW, "d.jsonl", "none is left"),
     "two files of a split": bad("--data d", "--data d", "valid", files={
         f"d/{name}.jsonl": ROW for name in ("train", "valid", "dev")}),
-    "no JSON": lines("{bad}"),
-    "no object": lines("[1]"),
-    "too deep": lines("[" * 100_000),
-    "no UTF-8": lines(b'{"prompt": "\xff", "response": "x"}'),
-    "half a surrogate": lines('{"prompt": "\\ud800", "response": "x"}', "d.jsonl", "prompt"),
-    "no prompt": lines('{"response": "x"}', "d.jsonl", "no column prompt", "--template"),
-    "prompt is a number": lines('{"prompt": 0.5, "response": "x"}', "d.jsonl", "prompt", "float"),
-    "response is a list": lines('{"prompt": "x", "response": ["y"]}', "d.jsonl", "response"),
-    "references are a number": lines('{"prompt": "x", "references": 3}', "d.jsonl", "references"),
-    "references are an object": lines('{"prompt": "x", "references": {"a": "b"}}'),
-    "probs do not fit": lines('{"prompt": "x", "references": ["a"], "probs": [0.5, 0.5]}'),
-    "probs are a number": lines('{"prompt": "x", "references": ["a"], "probs": 1}'),
-    "messages are a text": lines('{"messages": "hello"}', "d.jsonl", "role and content"),
-    "message without text": lines(TURN % "null", "d.jsonl", "role and content"),
-    "too few cells": bad("--data d.csv", "d.csv, line 3", "1 cells", "2",
-                         files={"d.csv": "prompt,response\na,b\na\n"}),
-    "too many cells": bad("--data d.tsv", "d.tsv, line 3", "3 cells", "2",
-                          files={"d.tsv": "prompt\tresponse\na\tb\na\tb\tc\n"}),
-    "open quote": bad("--data d.csv", "d.csv, line 2", files={"d.csv": 'prompt,response\na,"b\n'}),
-    "column twice": bad("--data d.csv", "d.csv, line 1", "one name",
-                        files={"d.csv": "prompt,prompt,response\na,b,c\n"}),
-    "array with a gap": bad("--data d.json", "d.json, row 2", "no column prompt",
-                            files={"d.json": f'[{ROW.strip()}, {{"response": "a"}}]'}),
-    "no array": bad("--data d.json", "d.json", files={"d.json": ROW}),
-    "no gzip": bad("--data d.jsonl.gz", "d.jsonl.gz", files={"d.jsonl.gz": "text"}),
-    "no parquet": bad("--data d.parquet", "d.parquet", files={"d.parquet": "text"}),
-    "no response": bad("--data d.jsonl", "no training row has a response", "--response",
-                       files={"d.jsonl": MANY.replace("response", "completion")}),
-    "other answers known": bad("--data d.jsonl", "probs", "equally many", files={
-        "d.jsonl": "".join(json.dumps({
-            "prompt": f"cat {i}", "response": "a", "references": ["cat"] * (1 + i % 2),
-            "probs": [0.5] * (1 + i % 2)}) + "\n" for i in range(60))}),
+    "no JSON": line("{bad}"),
+    "no object": line("[1]"),
+    "no UTF-8": data("d.jsonl", b'{"prompt": "\xff", "response": "x"}', "d.jsonl, line 1"),
+    "half a surrogate": line('{"prompt": "\\ud800", "response": "x"}', "prompt"),
+    "no prompt": line('{"response": "x"}', "no column prompt", "--template"),
+    "prompt is a number": line('{"prompt": 0.5, "response": "x"}', "prompt", "float"),
+    "response is a list": line('{"prompt": "x", "response": ["y"]}', "response"),
+    "references are a number": line('{"prompt": "x", "references": 3}', "references"),
+    "probs do not fit": line('{"prompt": "x", "references": ["a"], "probs": [0.5, 0.5]}'),
+    "messages are a text": line('{"messages": "hello"}', "role and content"),
+    "message without text": line('{"messages": [{"role": "user", "content": null}]}',
+                                 "role and content"),
+    "too few cells": data("d.csv", "prompt,response\na,b\na\n", "d.csv, line 3", "1 cells", "2"),
+    "open quote": data("d.csv", 'prompt,response\na,"b\n', "d.csv, line 2"),
+    "column twice": data("d.csv", "prompt,prompt,response\na,b,c\n", "d.csv, line 1", "one name"),
+    "array with a gap": data("d.json", f'[{ROW.strip()}, {{"response": "a"}}]', "d.json, row 2"),
+    "no array": data("d.json", ROW, "d.json"),
+    "no parquet": data("d.parquet", "text", "d.parquet"),
+    "no response": data("d.jsonl", MANY.replace("response", "completion"),
+                        "no training row has a response", "--response"),
+    "other answers known": data("d.jsonl", jsonl(
+        {"prompt": f"cat {i}", "response": "a", "references": ["cat"] * (1 + i % 2),
+         "probs": [0.5] * (1 + i % 2)} for i in range(60)), "probs", "equally many"),
     # templates
     "unknown slot": bad("--template={question}", "no column question", "prompt, response"),
-    "unknown slot of the teacher": bad("--teacher-template={question}", "no column question"),
     "no slot": bad("--template=Sort", "--template 'Sort'", "no column"),
-    "slot beside messages": bad("--data d.jsonl --template={question}", "no column question",
-                                files={"d.jsonl": CHATS}, student=chat(CHATML)),
-    "template too long": bad("--max-prompt 3 --template=Sort_these:{prompt}", "--max-prompt 3",
+    "template too long": bad("--max-prompt 3 --template='Sort these:{prompt}'", "--max-prompt 3",
                              "template alone"),
-    "context of the student": bad("--max-prompt 250", "--max-prompt 250", "student", "256"),
     "context of the teacher": bad("--max-prompt 250", "--max-prompt 250", "teacher", "256",
                                   student=values("config.json", max_position_embeddings=999)),
-    "messages without a chat template": bad("--data d.jsonl", "messages", "chat template",
-                                            files={"d.jsonl": CHATS}),
+    "messages without a chat template": data("d.jsonl", CHATS, "messages", "chat template"),
     "template with an error": bad("", "template", "edited-student", student=chat("{% for %}")),
     "template wants a system turn": bad("", "template", "edited-student", "system first",
                                          student=chat(
@@ -229,24 +211,15 @@ BAD = {
     # models
     "no model": bad("--student no/such/model", "--student no/such/model", "no such directory"),
     "no model in the data": bad("--student student-kl", "student-kl", "name a model"),
-    "model is a file": bad("--student rows.jsonl", "--student rows.jsonl", "no such directory",
-                           files={"rows.jsonl": ROW}),
-    "prefixed keys": bad("", "--student", "missing", "lm_head.weight",
-                         student=prefixed("module.")),
-    "compiled keys": bad("", "--teacher", "missing", teacher=prefixed("_orig_mod.")),
-    "one tensor is missing": bad("", "--student", "model.layers.1.mlp.up_proj.weight",
-                                 student=without("layers.1.mlp.up_proj")),
+    "prefixed keys": bad("", "--student", "missing", "lm_head.weight", student=weights(
+        lambda w: {f"module.{k}": v for k, v in w.items()})),
     "head is missing": bad("", "--student", "lm_head.weight", student=without("lm_head")),
     "another shape": bad("", "--student", "model.norm.weight", "(7,)", "(16,)", student=weights(
         lambda w: {**w, "model.norm.weight": torch.ones(7)})),
     "no weights": bad("", "--teacher", teacher=remove("*.safetensors")),
-    "weights of another form": bad("", "--student", student=remove(
-        "*.safetensors", tf_model__h5="x")),
     "broken weights": bad("", "--student", student=remove("x", model__safetensors="x")),
     "adapter": bad("", "--student", "adapter", student=remove(
         "[cm]o*", adapter_config__json="{}")),
-    "adapter beside weights": bad("", "--teacher", "adapter", teacher=remove(
-        "x", adapter_config__json="{}")),
     "no tokenizer": bad("", "--student", "no tokenizer", student=remove("token*")),
     "code of its author": bad("", "--student", "remote code is never run here", student=values(
         "config.json", model_type="own", auto_map={"AutoConfig": "own.C"})),
@@ -254,10 +227,8 @@ BAD = {
         tokenizer(lambda t: setattr(t, "eos_token", None)), remove("generation*"),
         values("config.json", eos_token_id=None)]),
     "other tokens": bad("", "different tokenizers", "Ġcat", "Ġdog", student=swap_tokens),
-    "token beyond the embedding": bad("--data d.jsonl", "d.jsonl, line 1", "'zz8'", files={
-        "d.jsonl": MANY.replace("cat", "zz8")}, student=tokenizer(
-            lambda t: t.add_tokens([f"zz{i}" for i in range(9)])), teacher=tokenizer(
-            lambda t: t.add_tokens([f"zz{i}" for i in range(9)]))),
+    "token beyond the embedding": data("d.jsonl", MANY.replace("cat", "zz8"), "d.jsonl, line 1",
+                                       "'zz8'", student=more_tokens, teacher=more_tokens),
     "chat teacher, base student": bad(
         "", "<|endoftext|>", "<|im_end|>", "save the teacher's tokenizer into a copy",
         teacher=[chat(CHATML), values("generation_config.json", eos_token_id=[0, 321])]),
@@ -267,8 +238,8 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_ends_with_one_sentence_and_status_2(name, edited, pair, any_root, tmp_path,
                                                        monkeypatch, capsys):
-    line, words, content, edits, script = BAD[name]
-    for file, text in content.items():
+    command, sentence, files, edits, script = BAD[name]
+    for file, text in files.items():
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     cfg = any_run(script, any_root, tmp_path / "out")
@@ -279,13 +250,12 @@ def test_bad_input_ends_with_one_sentence_and_status_2(name, edited, pair, any_r
         setattr(cfg, role, str(path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # what a library says
-    monkeypatch.setattr("sys.argv", ["x.py", *flags(cfg), *line.replace("_", " ").split()]
-                        if "Sort" not in line else ["x.py", *flags(cfg), *line.split()])
+    monkeypatch.setattr("sys.argv", ["x.py", *flags(cfg), *shlex.split(command)])
     module = importlib.import_module(script)
     assert common.main(module.train, module.Config) == 2
     said = capsys.readouterr().err
     assert re.fullmatch(r"error: [^\n]{1,500}\n", said), said
-    assert all(word in said for word in words), said
+    assert all(word in said for word in sentence), said
     assert not (tmp_path / "out").exists()
 
 
@@ -522,14 +492,6 @@ def test_a_template_that_writes_the_date_gives_the_same_prompt_every_day(load, e
     assert e.prompt == ids("26 Jul 2024; 26 Jul 2024") + ids(e.row["prompt"])
 
 
-def test_texts_are_tokenized_in_batches(load, rows_file, monkeypatch):
-    calls, call = [], PreTrainedTokenizerFast.__call__
-    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__",
-                        lambda self, *a, **k: calls.append(a) or call(self, *a, **k))
-    load(rows_file)
-    assert len(calls) < 40  # of 80 rows, with a prompt and a response each
-
-
 # --- The end of a response, tokens, weights -----------------------------------------------------
 @pytest.mark.parametrize("template, listed, end", [
     (None, 0, "<|endoftext|>"), (None, 5, "%"),     # one id that differs from the tokenizer's
@@ -541,11 +503,6 @@ def test_a_response_ends_with_what_the_generation_config_and_the_chat_template_s
     path = edited("student", chat(template), values("generation_config.json", eos_token_id=listed))
     model = common.load_model(str(path), "student", CPU)
     assert model.tokenizer.eos_token == end
-
-
-def test_an_added_pad_token_that_no_row_uses_passes(load, edited, rows_file):
-    added = edited("student", tokenizer(lambda t: t.add_special_tokens({"pad_token": "[PAD]"})))
-    assert load(rows_file, student=added)[0].train
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "t5"])
@@ -560,37 +517,11 @@ def test_a_tied_head_may_stand_in_the_file_or_not(kind, edited):
     assert torch.equal(a.get_output_embeddings().weight, b.get_output_embeddings().weight)
 
 
-def test_weights_that_are_not_used_are_said_in_a_line(edited, capsys):
-    path = edited("student", weights(lambda w: {**w, "value_head.weight": torch.ones(3)}))
-    common.load_model(str(path), "student", CPU)
-    assert "1 weights are not used, such as value_head.weight" in capsys.readouterr().out
-
-
 def test_a_student_without_weights_starts_at_random_by_its_seed(edited, capsys):
     path = str(edited("student", remove("*.safetensors")))
     a, b, c = (common.load_model(path, "student", CPU, seed=s).lm_head.weight for s in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert "holds no weights" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("kind, changes, words", [
-    ("falcon", {}, ""), ("gpt_neox", {}, ""), ("mistral", {"sliding_window": 3}, ""),
-    ("rwkv", {"attention_hidden_size": 16}, "no cache of keys and values"),
-    ("xlnet", {}, "no cache of keys and values"),
-    ("mamba", {"state_size": 4}, "no cache of keys and values"),
-    ("gemma2", {"head_dim": 8}, "final_logit_softcapping"), ("cohere", {}, "logit_scale")])
-def test_families_work_or_are_refused_with_their_reason(kind, changes, words):
-    if kind == "xlnet":  # it has no max_position_embeddings
-        config = XLNetConfig(vocab_size=40, d_model=16, n_layer=1, n_head=2, d_inner=32)
-        model = AutoModelForCausalLM.from_config(config).eval()
-    else:
-        model = small_model(kind, 16, 40, **changes)
-    model.tokenizer, model.vocab, model.role = small_tokenizer(), 40, "student"
-    if not words:
-        return common.check_model(model, "--student x")
-    with pytest.raises(common.BadInput, match=words) as caught:
-        common.check_model(model, "--student x")
-    assert str(caught.value).startswith("--student x")
 
 
 def test_a_model_that_begins_responses_with_a_token_of_its_own_is_refused(load, edited, rows_file):
@@ -603,19 +534,8 @@ def test_a_model_that_begins_responses_with_a_token_of_its_own_is_refused(load, 
         load(rows_file, student=bart, kind="t5")
 
 
-def test_a_tilde_is_the_home_directory_in_every_path(pair, tmp_path, monkeypatch, rows_file):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for path, name in zip(pair("llama"), ("teacher", "student")):
-        shutil.copytree(path, tmp_path / "own" / name)
-    shutil.copy(rows_file, tmp_path / "own/train.jsonl")
-    cfg = common.parse_args(kd_forward.Config, ["--data=~/own", "--out=~/run", "--steps=0",
-                                                 "--max-prompt=24", "--max-response=8"])
-    kd_forward.train(cfg)
-    assert (tmp_path / "run/result.json").exists()
-
-
-def test_rouge_l_counts_words_of_any_script():
-    assert common.rouge_l("Привет, мир!", ["привет мир"]) == 1.0
-    assert common.rouge_l("東京 は 大きい", ["東京 は 小さい"]) == pytest.approx(2 / 3)
-    assert common.rouge_l("the cat sat", ["a dog", "cat the sat"]) == pytest.approx(2 / 3)
-    assert common.rouge_l("", ["a"]) == common.rouge_l("?", ["!"]) == 0.0
+def test_a_tilde_is_the_home_directory_in_every_path(monkeypatch):
+    """A shell leaves it in --out=~/run."""
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = common.parse_args(kd_forward.Config, ["--data=~/own", "--out=~/run"])
+    assert (cfg.data, cfg.out) == ("/home/me/own", "/home/me/run")

@@ -1,7 +1,6 @@
 """Every function of the five methods against its equation: nested loops, vectors by hand, and
 expectations that are exact because all responses can be listed. All in float64."""
 import itertools
-import json
 import math
 import random
 from types import SimpleNamespace
@@ -16,8 +15,6 @@ import dpkd
 import gold
 import kd_forward
 import llmr
-
-TASKS = json.loads((ROOT / "data/tasks.json").read_text())["tasks"]
 
 
 def double(*values):
@@ -53,23 +50,17 @@ def test_kd_loss_multiplies_its_kl_by_tau_squared_and_divides_the_logits_of_no_c
 
 @pytest.mark.parametrize("weight, tau", [(0.0, 1.0), (0.3, 1.0), (0.7, 2.5), (1.0, 0.4)])
 def test_kd_loss_and_ddks_loss_equal_their_equations_in_loops(weight, tau):
+    """At a weight of zero there need be no teacher, and the KL that is logged is 0."""
     f, g, y = randn(6, 9) * 2, randn(6, 9, seed=1) * 2, [0, 8, 3, 3, 5, 1]
-    kd = kd_forward.kd_loss(f, g, torch.tensor(y), weight, tau)
-    of_ddk = ddk.distill_loss(f, g, torch.tensor(y), weight, tau)
+    kd, of_ddk = (loss_of(f, g if weight else None, torch.tensor(y), weight, tau)
+                  for loss_of in (kd_forward.kd_loss, ddk.distill_loss))
     for row in range(6):
         q, p = (softmax([x / tau for x in logits[row].tolist()]) for logits in (f, g))
-        kl = sum(p[v] * math.log(p[v] / q[v]) for v in range(9))
+        kl = sum(p[v] * math.log(p[v] / q[v]) for v in range(9)) if weight else 0.0
         ce = -math.log(softmax(f[row].tolist())[y[row]])
         wanted = [(1 - weight) * ce + weight * tau**2 * kl, ce, kl]
         assert [term[row].item() for term in kd] == pytest.approx(wanted)
         assert [term[row].item() for term in of_ddk] == pytest.approx([ce + weight * kl, ce, kl])
-
-
-@pytest.mark.parametrize("loss_of", [kd_forward.kd_loss, ddk.distill_loss])
-def test_a_weight_of_zero_needs_no_teacher_and_gives_plain_cross_entropy(loss_of):
-    loss, ce, kl = loss_of(randn(4, 7), None, torch.tensor([0, 6, 2, 2]), 0.0, 3.0)
-    assert torch.equal(loss, ce) and (kl == 0).all()
-    assert ce[1].item() == pytest.approx(-math.log(softmax(randn(4, 7)[1].tolist())[6]))
 
 
 # ---- llmr.py: every response of at most N tokens over V tokens, where token 0 ends it -----------
@@ -149,12 +140,6 @@ def test_teacher_values_and_induced_reward_equal_eqs_1_and_2_in_loops():
             assert advantage[i, :n].tolist() == pytest.approx(below)
 
 
-def test_returns_to_go_sum_this_reward_and_all_later_ones():
-    padded = llmr.pad_responses(double(1, 2, 4, 8), torch.tensor([3, 1]))
-    assert padded.tolist() == [[1, 2, 4], [8, 0, 0]]
-    assert llmr.returns_to_go(padded).tolist() == [[7, 6, 4], [8, 0, 0]]
-
-
 def test_the_sum_of_rewards_telescopes_to_a_value_and_what_the_teacher_makes_of_each_token():
     """max: V(s_1) + advantages; lse: V(s_1) + log p(y|x); mean: also the entropy of each state."""
     tree = Tree(V=4)
@@ -165,17 +150,8 @@ def test_the_sum_of_rewards_telescopes_to_a_value_and_what_the_teacher_makes_of_
         v = tree.values(tree.teacher, value)[1]
         left = (tree.returns(tree.teacher, value) - v) * tree.inside
         assert same(left, llmr.returns_to_go(terms) * tree.inside)
-
-
-def test_the_best_return_of_v_max_is_the_teachers_greedy_response():
-    found = {"max": 0, "lse": 0}  # lse: short responses gain
-    for seed in range(40):
-        tree = Tree(seed=seed)
-        advantage = (tree.values(tree.teacher)[2] * tree.inside).sum(-1)
-        greedy = (advantage == 0).nonzero().item()  # every token is the likeliest of its state
-        for value in found:
-            found[value] += tree.returns(tree.teacher, value)[:, 0].argmax().item() == greedy
-    assert found["max"] == 40 and found["lse"] < 40
+    greedy = (advantage.sum(-1) == 0).nonzero().item()  # each token is the likeliest of its state
+    assert tree.returns(tree.teacher)[:, 0].argmax().item() == greedy  # the optimum with max
 
 
 @pytest.mark.parametrize("baseline, batch", [("none", 1), ("value", 1), ("mean", 2)])
@@ -191,14 +167,6 @@ def test_the_expected_gradient_is_that_of_the_expected_return_with_every_baselin
         return returns[ids] - (v[ids] if baseline == "value" else 0.0)
 
     assert same(tree.expected_gradient(gain, batch), -tree.gradient_of(lambda _: returns[:, 0]))
-
-
-def test_mean_of_others_leaves_out_all_tokens_of_the_own_response():
-    """Also those of other micro-batches count, as `total` and `count` say."""
-    returns, lengths = double([1, 2, 0], [3, 4, 5]), torch.tensor([2, 3])
-    got = llmr.mean_of_others(returns, lengths, total=15 + 20, count=5 + 4)
-    assert got.tolist() == [[pytest.approx((35 - 3) / 7)], [pytest.approx((35 - 12) / 6)]]
-    assert llmr.mean_of_others(double([7, 8]), torch.tensor([2]), 15, 2).tolist() == [[0.0]]
 
 
 def test_a_constant_added_to_the_teachers_logits_of_a_state_changes_no_expected_gradient():
@@ -232,14 +200,6 @@ def test_lse_values_less_log_q_give_on_policy_reverse_kl():
     token_logp = tree.token_logprobs(tree.teacher)
     whole = tree.gradient_of(lambda logq: (logq - token_logp).sum(-1))
     assert same(tree.expected_gradient(lambda ids: to_go[ids]), whole)
-
-
-def test_weights_are_the_gain_times_the_ratio_of_this_token_and_have_no_gradient():
-    gain, logq = double(2, -3), double(-1, -2).requires_grad_()
-    assert torch.equal(llmr.policy_weights(gain, logq, None), gain)
-    stale = llmr.policy_weights(gain, logq, double(-1.5, -1))
-    assert stale.tolist() == pytest.approx([2 * math.exp(0.5), -3 * math.exp(-1)])
-    assert not stale.requires_grad
 
 
 # ---- dpkd.py: ten responses that can be listed --------------------------------------------------
@@ -317,13 +277,6 @@ def test_frozen_student_responses_lead_beyond_the_teacher_and_fresh_ones_to_it(p
 
 
 # ---- gold.py: its three equations ---------------------------------------------------------------
-def test_energy_is_minus_logsumexp_and_no_softmax_cancels_a_shift():
-    f = randn(5, 9)
-    wanted = [-math.log(sum(map(math.exp, row))) for row in f.tolist()]
-    assert gold.energy(f).tolist() == pytest.approx(wanted)
-    assert same(gold.energy(f + 3.5), gold.energy(f) - 3.5)
-
-
 def test_energies_are_means_over_the_tokens_of_each_answer_and_skip_padding():
     model = small_model("gpt2", 16, 40)
     model.vocab = 40
@@ -395,40 +348,25 @@ def test_each_of_the_ten_tasks_reads_rows_of_its_hub_form(name):
     row = gold.read_sample(record, "here", gold.load_task(name))
     assert (row["prompt"], row["response"]) == (prompt, response)
     assert row["references"] == record.get("answers", {"text": [response]})["text"]
-    assert set(TASKS) == {"reviews", *HUB}
 
 
-@pytest.mark.parametrize("label", ["maybe", -1, 7])
-def test_a_label_that_is_none_of_the_tasks_is_refused(label):
-    with pytest.raises(common.BadInput, match="here: the label"):
-        gold.read_sample({**HUB["rte"][0], "label": label}, "here", gold.load_task("rte"))
-
-
-def test_prompt_of_a_classification_task_word_by_word():
-    """The label is drawn first and stands before its text."""
+def test_the_llm_is_shown_samples_and_begins_a_new_one_with_its_label():
+    """The label is drawn first and stands before its text. Free answers stand behind theirs."""
     task, form = gold.load_task("rte"), "Label: not_entailment\nSentence1: A.\nSentence2: B.\n\n"
     shot = {"Sentence1": "A.", "Sentence2": "B.", "label": "not_entailment"}
     asked, begun, rest = gold.build_prompt(task, gold.WRITE, [shot], {"label": "entailment"}, "ood")
-    assert asked == (f"{task['about']}\n\nSample 1:\n{form}Write one more sample of this task, new "
-                     "and complete, in the same form, and nothing after it.\n\n")
-    assert begun == ("Here is a new sample. Sentence2 follows from Sentence1. It is about another "
-                     "topic, from another domain, and very different from every sample above.\n\n"
-                     "Label: entailment\nSentence1:")
+    assert asked.startswith(f"{task['about']}\n\nSample 1:\n{form}Write one more sample")
+    assert begun.endswith("every sample above.\n\nLabel: entailment\nSentence1:")
     text = " It rains.\nSentence2: It is wet.\n\nSample 2:"
     assert gold.parse_sample(text, rest, task["stop"]) == {
         "Sentence1": "It rains.", "Sentence2": "It is wet."}
-    asked, begun, rest = gold.build_prompt(task, gold.SOLVE, [shot], {"Sentence1": "{x}",
-                                                                      "Sentence2": "B."})
-    assert asked.endswith("Sentence2: B.\nLabel: not_entailment\n\nGive the Label of the next "
-                          "sample, and nothing after it.\n\n")
+    fields = {"Sentence1": "{x}", "Sentence2": "B."}
+    _, begun, rest = gold.build_prompt(task, gold.SOLVE, [shot], fields)
     assert (begun, rest) == ("Sentence1: {x}\nSentence2: B.\nLabel:", "{label}")
 
-
-def test_prompt_of_a_task_with_free_answers_word_by_word():
     task, shot = gold.load_task("svamp"), {"Body": "8.", "Question": "How?", "label": "( 8 - 1 )"}
     asked, begun, rest = gold.build_prompt(task, gold.WRITE, [shot, shot], {})
     assert "\n\nSample 2:\nBody: 8.\nQuestion: How?\nEquation: ( 8 - 1 )\n\nWrite" in asked
-    assert begun == "Here is a new sample.\n\nBody:"
     text = "Bo had 5.\nHe ate 2.\nQuestion: And now?\nEquation: 5 + 1"
     assert gold.parse_sample(text, rest, task["stop"]) == {
         "Body": "Bo had 5.\nHe ate 2.", "Question": "And now?", "label": "5 + 1"}
@@ -456,16 +394,15 @@ def test_samples_are_kept_by_the_lengths_of_their_fields_and_the_check_of_the_ta
     assert not fine("svamp", **tale)
 
 
-def test_scores_are_exact_matches_values_of_equations_or_rouge_l():
-    def score(name, text, *right):
-        return gold.task_metrics(gold.load_task(name), [text], [{"references": list(right)}])
-    assert score("rte", " entailment", "entailment") == {"accuracy": 1}
-    assert score("rte", "not_entailment", "entailment") == {"accuracy": 0}
-    assert score("squad", "b  c", "a", "b c") == {"accuracy": 1}
-    for text, right in (("1 + 3", 1), ("?", 0), ("5", 0)):
-        assert score("svamp", text, "( 3.0 + 1.0 )") == {"accuracy": right}
-    assert score("nl4opt", "maximise x", "maximise x now please") == {
-        "rouge_l": pytest.approx(2 / 3)}
+@pytest.mark.parametrize("name, text, right, wanted", [
+    ("rte", " entailment", ["entailment"], 1), ("rte", "not_entailment", ["entailment"], 0),
+    ("squad", "b  c", ["a", "b c"], 1), ("svamp", "1 + 3", ["( 3.0 + 1.0 )"], 1),
+    ("svamp", "?", ["( 3.0 + 1.0 )"], 0), ("svamp", "5", ["( 3.0 + 1.0 )"], 0),
+    ("nl4opt", "maximise x", ["maximise x now please"], 2 / 3)])
+def test_scores_are_exact_matches_values_of_equations_or_rouge_l(name, text, right, wanted):
+    found = gold.task_metrics(gold.load_task(name), [text], [{"references": right}])
+    metric = "rouge_l" if name == "nl4opt" else "accuracy"
+    assert found == {metric: pytest.approx(wanted)}
 
 
 def test_accuracy_weighs_topics_as_they_occur_and_uniform_and_tail_do_not():
@@ -485,12 +422,11 @@ def test_coverage_counts_topics_of_ten_samples_the_tail_and_garbage():
     assert gold.coverage(samples, []) == {}
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_real_samples_have_each_label_equally_often_and_come_from_the_first_ten_k_rows(seed):
+def test_real_samples_have_each_label_equally_often_and_come_from_the_first_ten_k_rows():
     rows = [{"sample": {"text": str(i), "label": "rare" if i % 10 == 0 else "common"}}
             for i in range(400)]
     task = {"name": "x", "shots": 4, "labels": {"rare": "", "common": ""}}
-    shots = gold.pick_shots(task, rows, random.Random(seed))
+    shots = gold.pick_shots(task, rows, random.Random(0))
     assert [s["label"] for s in shots].count("rare") == 2
     assert len({s["text"] for s in shots}) == 4 and all(int(s["text"]) < 40 for s in shots)
     with pytest.raises(common.BadInput, match="4 real samples are wanted"):
@@ -540,18 +476,11 @@ def near(got, wanted):
 
 def test_gap_prior_and_mixture_give_the_worked_examples():
     assert near(gap(12, 7.5, 3.6), [1.2, 1.5, 1.8])
-    assert near(ddk.prior(gap(12, 7.5, 3.6)).exp(), [0.23969448, 0.32355370, 0.43675182])
     r0 = ddk.prior(gap(12, 7.5, 3.6))
-    r1 = ddk.mixture(r0, gap(12, 7.5, 3.6), 0.5)
-    assert near(r1.exp(), [0.24807025, 0.31499367, 0.43693608])
-    for _ in range(60):
-        r1 = ddk.mixture(r1, gap(12, 7.5, 3.6), 0.5)
-    assert near(r1.exp(), [0.25268843, 0.30837204, 0.43893953])
+    assert near(r0.exp(), [0.23969448, 0.32355370, 0.43675182])
     r1 = ddk.mixture(r0, gap(11.5, 6, 3), 0.5)
     assert near(r1.exp(), [0.26657121, 0.30843797, 0.42499082])
     assert near(ddk.mixture(r1, gap(11, 5.5, 2.4), 0.5).exp(), [0.29424973, 0.31428749, 0.39146277])
-    equal = ddk.mixture(double(.7, .2, .1).log(), double(2, 2, 2), 0.5)
-    assert near(equal.exp(), [0.7 / 2 + 1 / 6, 0.2 / 2 + 1 / 6, 0.1 / 2 + 1 / 6])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
@@ -568,14 +497,6 @@ def test_shares_stay_finite_where_the_exponential_of_a_gap_is_infinite():
     assert rho.isfinite().all() and r.isfinite().all() and near(r.exp(), [4 / 6, 1 / 6, 1 / 6])
 
 
-def test_ddks_loss_gives_the_worked_example_with_the_forward_kl_and_no_tau_squared():
-    q, p, y = double([2, 0, -1], [0, 1, 0]), double([1, 1, -2], [0, 3, 0]), torch.tensor([0, 1])
-    got = [x.mean().item() for x in ddk.distill_loss(q, p, y, 0.2, 1.0)]
-    assert got == pytest.approx([0.430968, 0.360645, 0.351615], abs=1e-6)
-    loss, ce, kl = (x.mean().item() for x in ddk.distill_loss(q, p, y, 0.2, 2.0))
-    assert kl == pytest.approx(0.116051, abs=1e-6) and loss == pytest.approx(ce + 0.2 * kl)
-
-
 def test_metrics_report_the_largest_gap_and_not_that_of_the_hardest_domain():
     m = ddk.metrics(["a", "b"], double(5, 1), double(4.9, 0.2), double(0.3, 0.7))
     gaps = math.exp(0.1), math.exp(0.8)
@@ -585,19 +506,17 @@ def test_metrics_report_the_largest_gap_and_not_that_of_the_hardest_domain():
 
 
 def test_a_domain_goes_through_all_its_sequences_before_one_repeats_also_after_resuming():
-    sampler, seen = ddk.DomainSampler([5, 7], 3), {0: [], 1: []}
+    straight, sampler = (ddk.DomainSampler([5, 7], 3) for _ in range(2))
+    seen = {0: [], 1: []}
     for step in range(60):
+        shares = double(.9, .1) if step % 2 else double(.2, .8)
         if step % 7 == 3:  # a new process
-            state = sampler.state_dict()
-            sampler = ddk.DomainSampler([5, 7], 3)
+            state, sampler = sampler.state_dict(), ddk.DomainSampler([5, 7], 3)
             sampler.load_state_dict(state)
-        for i, j in sampler.draw(step, 3, double(.9, .1) if step % 2 else double(.2, .8)):
+        drawn = sampler.draw(step, 3, shares)
+        assert drawn == straight.draw(step, 3, shares)
+        for i, j in drawn:
             seen[i].append(j)
-    straight = ddk.DomainSampler([5, 7], 3)
-    drawn = [pair for step in range(60)
-             for pair in straight.draw(step, 3, double(.9, .1) if step % 2 else double(.2, .8))]
-    assert [j for i, j in drawn if i == 0] == seen[0] and straight.total.tolist() == \
-        sampler.total.tolist()
     for i, size in ((0, 5), (1, 7)):
         passes = [seen[i][a:a + size] for a in range(0, len(seen[i]) - size + 1, size)]
         assert len(passes) > 5 and all(sorted(order) == list(range(size)) for order in passes)
@@ -605,15 +524,14 @@ def test_a_domain_goes_through_all_its_sequences_before_one_repeats_also_after_r
 
 
 def test_draws_follow_the_shares_and_differ_between_seeds():
-    count, shares, draws = [0, 0, 0], [0.6, 0.3, 0.1], []
-    for seed in (0, 1):
-        sampler = ddk.DomainSampler([50, 50, 50], seed)
-        draws.append([pair for t in range(150) for pair in sampler.draw(t, 20, double(*shares))])
-    assert draws[0] != draws[1]
-    for i, _ in draws[0]:
-        count[i] += 1
-    for got, share in zip(count, shares):  # within four standard deviations
-        assert abs(got - 3000 * share) < 4 * math.sqrt(3000 * share * (1 - share))
+    shares = [0.6, 0.3, 0.1]
+    samplers = [ddk.DomainSampler([50, 50, 50], seed) for seed in (0, 1)]
+    a, b = ([pair for t in range(150) for pair in sampler.draw(t, 20, double(*shares))]
+            for sampler in samplers)
+    assert a != b
+    for domain, share in enumerate(shares):  # within four standard deviations
+        count = sum(i == domain for i, _ in a)
+        assert abs(count - 3000 * share) < 4 * math.sqrt(3000 * share * (1 - share))
 
 
 def test_fixed_shares_are_uniform_natural_or_as_named():

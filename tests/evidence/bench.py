@@ -1,7 +1,6 @@
 """Speed as ratios within one run: the contenders take turns (A B C A B C ...), medians count.
 
     python tests/evidence/bench.py [--rounds 3] [--only kd_step sample] [--json FILE]
-    python tests/evidence/bench.py --print FILE      the table in tests/README.md, from such a file
 
 First a gate: both sides of every work start from the same weights, and their first gradients and
 the losses of five steps must agree (in fp32 to 1e-4). If one pair does not, no time is printed and
@@ -9,8 +8,7 @@ the exit status is 1. A ratio above 1 says that ours is faster, or smaller.
 
 `textbook` is the loop that everybody writes: both models' logits for every position, masked
 afterwards. Peers take part where they are installed (pip install trl accelerate liger-kernel): the
-losses of TRL's GKDTrainer (trl_gkd) and DistillationTrainer (trl_chunked) and of Liger-Kernel. They
-are called on the same batch without the trainers around them, which can only help them.
+losses of TRL's DistillationTrainer and of Liger-Kernel, without the trainers around them.
 
 The floor of a work is the time of its matrix products alone, attention's included, plus the
 optimizer's weights, gradients and moments read and written once at the speed of a copy. `of_floor`
@@ -21,9 +19,7 @@ import ctypes
 import json
 import math
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -35,7 +31,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
-import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -123,30 +118,22 @@ class Work:
     parameters: int = 0  # that the optimizer updates
 
     def measure(self, rounds):
-        """A row for each rival. A round is three turns, and the median counts."""
+        """A row for each rival, in seconds or GiB. A round is three turns; the median counts."""
         found = {side: [] for side in self.contenders}
-        for turn in range(3 * rounds + 1):
+        for _ in range(3 * rounds + 1):
             for side, call in self.contenders.items():
-                value = self.gauge(call)
-                if turn:  # the first one warms up
-                    found[side].append(value)
-        found = {side: [statistics.median(x[i:i + 3]) for i in range(0, len(x), 3)]
-                 for side, x in found.items()}
-        ours, of_floor, rows = statistics.median(found["ours"]), None, []
+                found[side].append(self.gauge(call))
+        turns = {side: values[1:] for side, values in found.items()}  # the first one warms up
+        middle = {side: statistics.median(values) for side, values in turns.items()}
+        of_floor = None
         if self.gauge is seconds_of:
-            of_floor = round(floor(self.contenders["ours"], self.parameters) / ours, 3)
-        for side in list(found)[1:]:
-            ratios = sorted(b / a for a, b in zip(found["ours"], found[side]))
-            row = {"work": self.name, "contender": "ours", "baseline": side, "of_floor": of_floor,
-                   "unit": "s" if self.gauge is seconds_of else "GiB", "ours": ours,
-                   "theirs": statistics.median(found[side]), "ratio": statistics.median(ratios),
-                   "lowest": ratios[0], "highest": ratios[-1]}
-            rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
-        return rows
-
-
-def refuse(work, why):
-    sys.exit(f"{work}: {why}: nothing is timed")
+            least = floor(self.contenders["ours"], self.parameters)
+            of_floor = round(least / middle["ours"], 3)
+        for side in list(turns)[1:]:
+            ratio = statistics.median(b / a for a, b in zip(turns["ours"], turns[side]))
+            yield {"work": self.name, "contender": "ours", "baseline": side,
+                   "ratio": round(ratio, 4), "of_floor": of_floor,
+                   "ours": round(middle["ours"], 4), "theirs": round(middle[side], 4)}
 
 
 def training(work, losses, new_student, lr=1e-3, tolerance=1e-4):
@@ -172,7 +159,7 @@ def training(work, losses, new_student, lr=1e-3, tolerance=1e-4):
         off += [float((first[side] - first["ours"]).norm() / first["ours"].norm())]
         if not all(x < tolerance for x in off):  # not a number fails, too
             if side not in PEERS:
-                refuse(work, f"losses or gradients of ours and {side} differ by {max(off):.1e}")
+                sys.exit(f"{work}: losses or gradients of ours and {side} differ by {max(off):.1e}")
             print(f"{work}: {side} is left out, its losses or gradients differ by {max(off):.1e}")
             del steps[side]
     return Work(work, steps, parameters=student.num_parameters())
@@ -208,16 +195,8 @@ def textbook(student, teacher, tokens, labels):
     return (kl * mask).sum() / mask.sum()
 
 
-def trl_gkd(student, teacher, tokens, labels):
-    from trl.experimental.gkd.gkd_trainer import GKDTrainer
-    trainer = SimpleNamespace(teacher_model=teacher, beta=0,
-                              generalized_jsd_loss=GKDTrainer.generalized_jsd_loss)
-    return GKDTrainer.compute_loss(trainer, student, {
-        "input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels})
-
-
 def bodies(student, teacher, tokens):
-    """States and heads of both models, as the two losses below take them."""
+    """The states and heads of both models, which the two losses below take."""
     hidden = student.base_model(input_ids=tokens)[0][:, :-1]
     with torch.no_grad():
         teacher_hidden = teacher.base_model(input_ids=tokens)[0][:, :-1]
@@ -239,7 +218,7 @@ def liger(student, teacher, tokens, labels):
                  labels[:, 1:].flatten())
 
 
-PEERS = {"trl_gkd": trl_gkd, "trl_chunked": trl_chunked, "liger": liger}
+PEERS = {"trl_chunked": trl_chunked, "liger": liger}
 
 
 def rival(loss_of, student, teacher, batch, cfg):
@@ -344,7 +323,7 @@ def sample_b64(name, new=64):
     ours = common.sample(m, prompts, new, temperature=0)
     same = sum(a == b[:len(a)] for a, b in zip(ours, theirs))
     if same < 60:  # sums have another order, so a tie may fall either way
-        refuse(name, f"greedy decoding agrees for {same} of 64 prompts")
+        sys.exit(f"{name}: greedy decoding agrees for {same} of 64 prompts")
     return Work(name, {"ours": lambda: common.sample(m, prompts, new),
                        "generate": lambda: m.generate(ids, do_sample=True, **settings)})
 
@@ -407,32 +386,11 @@ def llmr_update(name, vocab=32_000):
     return work
 
 
-# --- Table and command line -----------------------------------------------------------------------
-WORKS = {  # name: (what makes it, its words in the table)
-    "kd_step_v32k_fp32": (kd_step, "KD step, V = 32,000, fp32"),
-    "kd_step_v32k_bf16": (kd_step, "KD step, V = 32,000, bf16"),
-    "kd_step_v4k_fp32": (kd_step, "KD step, V = 4,000, fp32"),
-    "kd_step_v4k_bf16": (kd_step, "KD step, V = 4,000, bf16"),
-    "loss_memory_v152k": (loss_memory, "extra memory of the loss, V = 152,000"),
-    "epoch2_cached": (epoch2_cached, "KD with `--cache`, from the second epoch on"),
-    "dpkd_step": (dpkd_step, "DPKD step, pairs given"),
-    "sample_b64": (sample_b64, "64 responses of 64 tokens each"),
-    "sample_b64_ragged": (sample_b64, "64 responses that end after about 30 tokens"),
-    "llmr_update": (llmr_update, "LLMR update, sampling included"),
-}
-
-
-def table(found):
-    """The rows of a --json file in markdown."""
-    lines = [f"{found['machine']}, commit {found['commit']}:", "",
-             "| work | against | ratio (lowest to highest) | ours | theirs | of the floor |",
-             "|---|---|---|---|---|---|"]
-    for r in found["rows"]:
-        of_floor = "" if r["of_floor"] is None else f"{100 * r['of_floor']:.0f} %"
-        lines.append(f"| {WORKS[r['work']][1]} | {r['baseline']} | {r['ratio']:.2f} "
-                     f"({r['lowest']:.2f} to {r['highest']:.2f}) | {r['ours']:.2f} {r['unit']} | "
-                     f"{r['theirs']:.2f} {r['unit']} | {of_floor} |")
-    return "\n".join(lines)
+# --- Command line ---------------------------------------------------------------------------------
+WORKS = dict.fromkeys(["kd_step_v32k_fp32", "kd_step_v32k_bf16", "kd_step_v4k_fp32",
+                       "kd_step_v4k_bf16"], kd_step)
+WORKS |= {"loss_memory_v152k": loss_memory, "epoch2_cached": epoch2_cached, "dpkd_step": dpkd_step,
+          "sample_b64": sample_b64, "sample_b64_ragged": sample_b64, "llmr_update": llmr_update}
 
 
 def main():
@@ -440,33 +398,23 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=[""], help="works whose names begin like this")
     parser.add_argument("--json", help="file to write the rows to")
-    parser.add_argument("--print", help="print the table of such a file")
     args = parser.parse_args()
-    if args.print:
-        return print(table(json.loads(Path(args.print).read_text())))
     chosen = [name for name in WORKS if name.startswith(tuple(args.only))]
     a = torch.randn(512, 512, device=DEVICE)
     fp32, bf16 = (min(seconds_of(lambda x=x: x @ x) for _ in range(9)) for x in (a, a.bfloat16()))
     if bf16 > 3 * fp32:
         print("rows of bf16 are left out: this CPU emulates it")
         chosen = [name for name in chosen if not name.endswith("bf16")]
-    works = [WORKS[name][0](name) for name in chosen]  # the gates
+    works = [WORKS[name](name) for name in chosen]  # the gates
     print(f"gate passed: {', '.join(chosen)}", flush=True)
     rows = []
     for work in works:
-        rows += work.measure(args.rounds)
-        for r in rows[-len(work.contenders) + 1:]:
-            print(json.dumps(r), flush=True)
+        for row in work.measure(args.rounds):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
     if args.json:
-        gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "no GPU"
-        machine = (f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} "
-                   f"threads, {gpu}, torch {torch.__version__}, "
-                   f"transformers {transformers.__version__}")
-        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"],
-                             capture_output=True, text=True)
-        found = {"gate": "passed", "machine": machine, "commit": git.stdout.strip(), "rows": rows}
-        Path(args.json).write_text(json.dumps(found, indent=1))
+        Path(args.json).write_text(json.dumps({"gate": "passed", "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
