@@ -110,36 +110,6 @@ def write_rows(path, rows):
     return path
 
 
-def make_rows(path):
-    """A JSONL file of 80 rows: the response has the prompt's 3 to 9 words in order."""
-    rng = random.Random(1)
-    prompts = [rng.choices(WORDS, k=rng.randint(3, 9)) for _ in range(80)]
-    write_rows(path, [{"prompt": " ".join(words), "response": " ".join(sorted(words))}
-                      for words in prompts])
-
-
-def make_corpus(path):
-    """A folder of three domains with a vocabulary each, of which the first is the largest."""
-    rng = random.Random(0)
-    for i, (name, n) in enumerate((("big", 400), ("mid", 150), ("small", 80))):
-        texts = [rng.choices(WORDS[6 * i:6 * i + 8], k=rng.randint(5, 30)) for _ in range(n)]
-        write_rows(path / f"{name}.jsonl", [{"text": " ".join(words)} for words in texts])
-
-
-def make_task(root):
-    """A task for gold.py whose samples even a random LLM can write, and its rows in reviews/."""
-    rng = random.Random(2)
-    for split, n in (("train", 20), ("valid", 6), ("test", 8)):
-        rows = [{"text": " ".join(rng.choices(WORDS, k=4)), "label": rng.choice(["bad", "good"])}
-                for _ in range(n)]
-        write_rows(root / f"reviews/{split}.jsonl", rows)
-    write_rows(root / "task.json", [{
-        "fields": {"text": "text"}, "label": "label", "labels": {"bad": "", "good": ""},
-        "student": "{text}", "shots": 2, "max_new": 8, "lengths": [1, 400], "stop": [],
-        "write": {"prompt": "{shots}", "shot": "{sample} ! ", "sample": "{label} {text}",
-                  "plain": "", "ood": "then "}}])
-
-
 def small_run(Config, pair, data, out, /, **settings):
     """Settings of any script for a run of a second; those that it does not have are left out."""
     names = common.settings_of(Config)
@@ -176,12 +146,25 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def any_root(tmp_path_factory):
-    """Models with dropout, and data for all scripts."""
-    root = tmp_path_factory.mktemp("any")
+    """A folder with models that have dropout, and data for every script: rows.jsonl, corpus/ with
+    three domains, and for gold.py reviews/ and task.json, whose samples any LLM can write."""
+    root, rng = tmp_path_factory.mktemp("any"), random.Random(1)
     make_pair("gpt2", root / "models")
-    make_rows(root / "rows.jsonl")
-    make_corpus(root / "corpus")
-    make_task(root)
+    text = lambda low, high, words=WORDS: " ".join(rng.choices(words, k=rng.randint(low, high)))
+    prompts = [text(3, 9) for _ in range(80)]
+    write_rows(root / "rows.jsonl", [{"prompt": x, "response": " ".join(sorted(x.split()))}
+                                     for x in prompts])
+    for i, (name, n) in enumerate((("big", 400), ("mid", 150), ("small", 80))):
+        rows = [{"text": text(5, 30, WORDS[6 * i:6 * i + 8])} for _ in range(n)]
+        write_rows(root / f"corpus/{name}.jsonl", rows)
+    for split, n in (("train", 20), ("valid", 6), ("test", 8)):
+        rows = [{"text": text(4, 4), "label": rng.choice(["bad", "good"])} for _ in range(n)]
+        write_rows(root / f"reviews/{split}.jsonl", rows)
+    write_rows(root / "task.json", [{
+        "fields": {"text": "text"}, "label": "label", "labels": {"bad": "", "good": ""},
+        "student": "{text}", "shots": 2, "max_new": 8, "lengths": [1, 400], "stop": [],
+        "write": {"prompt": "{shots}", "shot": "{sample} ! ", "sample": "{label} {text}",
+                  "plain": "", "ood": "then "}}])
     return root
 
 

@@ -3,18 +3,13 @@
 The loops are written as in test_oracle.py, with its tools: plain Python over the unpadded forward
 pass of Hugging Face.
 """
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import test_oracle as oracle
 import torch
-from conftest import ROOT, flags
 from test_oracle import EOS, OTHER, at, check, loaded, logits, logprobs
 from test_runs import outcome, stopped, train
-
-from tests.controls import on_policy
 
 root = oracle.root  # the fixture with the data
 CONTROLS = {"on_policy": {}, "seqkd_greedy": {}, "dpkd_token": {},
@@ -52,23 +47,6 @@ def test_on_policy_steps_with_the_gradient_of_its_equation(root, kind, changes):
         check(found, step, sum(losses) / n, student, kl=sum(kls) / n, tokens=n)
         own = [x for x, _, _ in oracle.train_rows(found.s) if (step, x) in found.texts["student"]]
         assert len(own) == 8 * found.s.student_share
-
-
-def test_the_expected_gradient_of_the_sampled_form_is_that_of_the_full_kl():
-    generator = torch.Generator().manual_seed(0)
-    z, f = (torch.randn(5, 4, dtype=torch.float64, generator=generator) for _ in range(2))
-    z.requires_grad_()  # five prefixes, a vocabulary of four tokens
-    kl, _ = on_policy.reverse_kl_loss(z, f, None, "full")
-    wanted, = torch.autograd.grad(kl.sum(), z)
-    expected = torch.zeros_like(z)
-    for token in range(4):
-        targets = torch.full((5,), token)
-        loss, same_kl = on_policy.reverse_kl_loss(z, f, targets, "sampled")
-        probability = z.softmax(-1)[:, token].detach()  # of drawing this token
-        expected += torch.autograd.grad((probability * loss).sum(), z)[0]
-        assert torch.equal(same_kl, kl)
-    assert torch.allclose(expected, wanted, atol=1e-12)
-    assert wanted.abs().max() > 0.1
 
 
 # ---- seqkd_greedy.py: CE on y_t = argmax_v p(v|x,y_<t) -------------------------------------------
@@ -165,12 +143,3 @@ def test_a_control_that_was_killed_ends_bit_by_bit_where_it_would_have_ended(roo
     assert outcome(whole.out) == outcome(killed.out)
     files = {file.name for file in Path(whole.out).iterdir()}
     assert files >= {"settings.json", f"{name}.py", "checkpoint.pt", "generations.jsonl"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONTROLS)
-def test_a_control_runs_as_a_file_and_as_a_module(root, name):
-    for command in ([f"tests/controls/{name}.py"], ["-m", f"tests.controls.{name}"]):
-        command += flags(settings(root, name, steps=2, **CONTROLS[name]))
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]

@@ -21,6 +21,7 @@ import common
 import kd_forward
 
 CPU = torch.device("cpu")
+START, END = 320, 321  # the tokens that chat() adds
 ROW = '{"prompt": "the cat", "response": "cat the"}\n'
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
           "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -85,15 +86,17 @@ def edited(pair, tmp_path):
 
 
 @pytest.fixture
-def load(pair):
-    """load(data, teacher=, student=, ...) -> (data, student, teacher), as a script loads them."""
-    def make(data, teacher=None, student=None, kind="llama", **settings):
+def read(pair, tmp_path):
+    """read(rows, teacher=, student=, ...) -> the examples of these rows, as a script reads them."""
+    def read(rows, teacher=None, student=None, kind="llama", **settings):
         models = teacher or pair(kind)[0], student or pair(kind)[1]
-        cfg = small_run(kd_forward.Config, models, data, "", **{"max_prompt": 64, **settings})
-        rows = common.load_rows(cfg)
-        models = common.load_pair(cfg, CPU)
-        return common.load_data(cfg, rows, *models), *models
-    return make
+        cfg = small_run(kd_forward.Config, models, write_rows(tmp_path / "d.jsonl", rows), "",
+                        **{"max_prompt": 64, **settings})
+        rows, models = common.load_rows(cfg), common.load_pair(cfg, CPU)
+        data = common.load_data(cfg, rows, *models)
+        return sorted(data.train + data.valid + data.test,
+                      key=lambda e: int(e.row["where"].split("line ")[1]))
+    return read
 
 
 small_tokenizer = functools.cache(conftest.small_tokenizer)
@@ -107,11 +110,6 @@ def ids(text):
 def rows_of(n, **columns):
     """n rows; {i} in their texts is the number of the row."""
     return [json.loads(json.dumps(columns).replace("{i}", str(i))) for i in range(n)]
-
-
-def row_of(data, where):
-    """The example of a line."""
-    return next(e for e in data.train + data.valid + data.test if e.row["where"].endswith(where))
 
 
 # --- Bad input: exit status 2 and one sentence --------------------------------------------------
@@ -140,7 +138,6 @@ BAD = {
     # the command line
     "unknown setting": bad("--alpah 1", "--alpah"),
     "not a number": bad("--steps 1e3", "--steps", "1e3"),
-    "no choice": bad("--responses both", "--responses", "'data', 'teacher'"),
     "alpha": bad("--alpha 1.5", "--alpha 1.5", "between 0 and 1"),
     "lr is no number": bad("--lr nan", "--lr nan"),
     "micro-batches": bad("--accum 3", "--batch-size 8", "--accum 3"),
@@ -166,7 +163,6 @@ BAD = {
     "no folder": bad("--data no/such", "--data no/such", "no file", "no data set"),
     "another form": data("d.txt", "a", "d.txt", ".jsonl, .csv, .tsv, .json, .parquet"),
     "empty": data("d.jsonl", "\n", "d.jsonl", "none is left"),
-    "too few rows": data("d.jsonl", ROW, "d.jsonl", "none is left"),
     "two files of a split": bad("--data d", "--data d", "valid", files={
         f"d/{name}.jsonl": ROW for name in ("train", "valid", "dev")}),
     "no JSON": line("{bad}"),
@@ -185,7 +181,6 @@ BAD = {
     "open quote": data("d.csv", 'prompt,response\na,"b\n', "d.csv, line 2"),
     "column twice": data("d.csv", "prompt,prompt,response\na,b,c\n", "d.csv, line 1", "one name"),
     "array with a gap": data("d.json", f'[{ROW.strip()}, {{"response": "a"}}]', "d.json, row 2"),
-    "no array": data("d.json", ROW, "d.json"),
     "no parquet": data("d.parquet", "text", "d.parquet"),
     "no response": data("d.jsonl", MANY.replace("response", "completion"),
                         "no training row has a response", "--response"),
@@ -374,67 +369,55 @@ def test_prompts_alone_are_enough_where_the_models_respond(script, any_root, tmp
 
 
 # --- From rows to token ids ---------------------------------------------------------------------
-def test_a_plain_row_is_the_prompt_a_line_break_and_the_response_with_eos(load, tmp_path):
+def test_a_plain_row_is_the_prompt_a_line_break_and_the_response_with_eos(read):
     """Also where a text holds the text of EOS. A null response is none."""
     texts = ["cat the", "a <|endoftext|> b", None, ""]
     rows = [{"prompt": f"the {i} <|endoftext|>", "response": texts[i % 4]} for i in range(60)]
-    data, *_ = load(write_rows(tmp_path / "d.jsonl", rows), max_response=64)
-    for i in range(4):
-        e = row_of(data, f"line {i + 1}")
+    for i, e in enumerate(read(rows, max_response=64)[:4]):
         assert e.prompt == e.teacher_prompt == ids(f"the {i} <|endoftext|>") + ids("\n")
         assert e.response == (ids(texts[i]) + [0] if texts[i] else []) and 0 not in e.prompt
 
 
-def test_a_t5_ends_its_prompts_with_eos_and_reads_no_line_break(load, tmp_path):
-    path = write_rows(tmp_path / "d.jsonl", rows_of(60, prompt="a {i}", response="b"))
-    data, student, _ = load(path, kind="t5")
-    plain = lambda text: student.tokenizer(text, add_special_tokens=False).input_ids
-    e = row_of(data, "line 5")
-    assert (e.prompt, e.response) == (plain("a 4") + [1], plain("b") + [1])
+def test_a_t5_ends_its_prompts_with_eos_and_reads_no_line_break(read):
+    e = read(rows_of(60, prompt="a {i}", response="b"), kind="t5")[4]
+    plain = lambda text: conftest.small_tokenizer(t5=True)(text).input_ids
+    assert (e.prompt, e.response) == (plain("a 4"), plain("b")) and e.prompt[-1] == 1
 
 
-def test_a_bos_of_the_tokenizer_stands_before_the_prompt_and_nowhere_else(load, edited, tmp_path):
+def test_a_bos_of_the_tokenizer_stands_before_the_prompt_and_nowhere_else(read, edited):
     def bos(tokenizer):
         tokenizer.bos_token = "!"
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="! $A", special_tokens=[("!", ids("!")[0])])
-    data, *_ = load(write_rows(tmp_path / "d.jsonl", rows_of(60, prompt="a {i}", response="b")),
-                    student=edited("student", tokenizer(bos)))
-    e = row_of(data, "line 1")
+    student = edited("student", tokenizer(bos))
+    e = read(rows_of(60, prompt="a {i}", response="b"), student=student)[0]
     assert (e.prompt, e.response) == (ids("!") + ids("a 0") + ids("\n"), ids("b") + [0])
 
 
-def test_a_template_names_columns_and_the_teacher_may_read_others(load, tmp_path, capsys):
+def test_a_template_names_columns_and_the_teacher_may_read_others(read, capsys):
     """A whole number is text, null is nothing, and \\n is a line break."""
     rows = rows_of(60, question="cat {i}", age=7, note=None, hint="dog", answer="ran", rest="")
-    data, *_ = load(write_rows(tmp_path / "d.jsonl", rows), response="answer",
-                    template="Q {age}: {question}{note}\\nA:", teacher_template="{hint} {question}")
-    e = row_of(data, "line 3")
+    e = read(rows, response="answer", template="Q {age}: {question}{note}\\nA:",
+             teacher_template="{hint} {question}")[2]
     assert e.prompt == ids("Q ") + ids("7") + ids(": ") + ids("cat 2") + ids("\nA:")
     assert e.teacher_prompt == ids("dog") + ids(" ") + ids("cat 2")
     assert e.row["prompt"] == "Q 7: cat 2\nA:" and e.response == ids("ran") + [0]
     assert "columns that nothing reads: rest (" in capsys.readouterr().out
 
 
-def test_special_tokens_are_read_in_a_template_and_are_text_in_a_row(load, edited, tmp_path,
-                                                                     capsys):
-    student = edited("student", chat(None))
-    teacher = edited("teacher", chat(None))
-    path = write_rows(tmp_path / "d.jsonl", [
-        {"prompt": "a <|im_end|>" if i == 0 else f"a {i}", "response": "b"} for i in range(60)])
-    data, student, _ = load(path, teacher, student, template="<|im_start|>{prompt}<|im_end|>")
-    start, end = student.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    assert row_of(data, "line 1").prompt == [start, *ids("a <|im_end|>"), end]
-    said = capsys.readouterr().out
-    assert re.search("^1 prompts contain the text of a special token", said, re.M)
+def test_special_tokens_are_read_in_a_template_and_are_text_in_a_row(read, edited, capsys):
+    models = edited("teacher", chat(None)), edited("student", chat(None))
+    rows = [{"prompt": "a <|im_end|>" if i == 0 else f"a {i}", "response": "b"} for i in range(60)]
+    e = read(rows, *models, template="<|im_start|>{prompt}<|im_end|>")[0]
+    assert e.prompt == [START, *ids("a <|im_end|>"), END]
+    assert "1 prompts contain the text of a special token" in capsys.readouterr().out
 
 
-def test_too_long_a_prompt_loses_its_beginning_and_a_response_its_end(load, tmp_path, capsys):
-    rows = [{"prompt": "the cat " * 9, "response": "dog sat " * 9}] + rows_of(
-        60, prompt="the {i}", response="dog")
-    data, *_ = load(write_rows(tmp_path / "d.jsonl", rows), max_prompt=10, max_response=6,
-                    template="now: {prompt}\\n")
-    e, words = row_of(data, "line 1"), ids("now: ")
+def test_too_long_a_prompt_loses_its_beginning_and_a_response_its_end(read, capsys):
+    rows = [{"prompt": "the cat " * 9, "response": "dog sat " * 9}]
+    rows += rows_of(60, prompt="the {i}", response="dog")
+    e = read(rows, max_prompt=10, max_response=6, template="now: {prompt}\\n")[0]
+    words = ids("now: ")
     assert e.prompt == words + ids("the cat " * 9)[len(words) + 1 - 10:] + ids("\n")
     assert e.response == ids("dog sat " * 9)[:6]
     assert "cut to fit: 1 prompts, 1 responses" in capsys.readouterr().out
@@ -444,52 +427,41 @@ CHAT = [{"role": "system", "content": "sad"}, {"role": "user", "content": "cat {
         {"role": "assistant", "content": "ran"}, {"role": "user", "content": "<|im_end|> dog"},
         {"role": "assistant", "content": "sat"}]
 NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
-MESSAGES = {  # forms of one conversation
-    "messages": {"messages": CHAT},
-    "ShareGPT": {"conversations": [{"from": NAMES[m["role"]], "value": m["content"]}
-                                   for m in CHAT]},
-    "TRL": {"prompt": CHAT[:-1], "completion": CHAT[-1:]},
-    "a list and a text": {"prompt": CHAT[:-1], "response": "sat"},
-}
 
 
-@pytest.mark.parametrize("form", MESSAGES)
+@pytest.mark.parametrize("columns", [
+    {"messages": CHAT}, {"prompt": CHAT[:-1], "completion": CHAT[-1:]},  # the latter as in TRL
+    {"conversations": [{"from": NAMES[m["role"]], "value": m["content"]} for m in CHAT]},
+    {"prompt": CHAT[:-1], "response": "sat"}], ids=lambda columns: "+".join(columns))
 def test_messages_go_through_the_chat_template_and_the_last_answer_is_the_response(
-        form, load, edited, tmp_path, capsys):
+        columns, read, edited, capsys):
     models = edited("teacher", chat(CHATML)), edited("student", chat(CHATML))
-    path = write_rows(tmp_path / "d.jsonl", rows_of(60, **MESSAGES[form]))
-    data, student, _ = load(path, *models)
-    start, end = student.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    turn = lambda role, text: [start, *ids(f"{role}\n"), *ids(text), end, *ids("\n")]
-    e = row_of(data, "line 2")
+    e = read(rows_of(60, **columns), *models)[1]
+    turn = lambda role, text: [START, *ids(f"{role}\n"), *ids(text), END, *ids("\n")]
     assert e.prompt == [*turn("system", "sad"), *turn("user", "cat 1"), *turn("assistant", "ran"),
-                        *turn("user", "<|im_end|> dog"), start, *ids("assistant\n")]
+                        *turn("user", "<|im_end|> dog"), START, *ids("assistant\n")]
     assert e.response == ids("sat") + [0]
     assert "nothing reads" not in capsys.readouterr().out
 
 
-def test_different_chat_templates_are_said_and_auto_means_the_teachers_own(
-        load, edited, rows_file, capsys):
+def test_different_chat_templates_are_said_and_auto_means_the_teachers_own(read, edited, capsys):
     own = "{% for m in messages %}<|im_start|>{{ m['content'] }}!{% endfor %}"
     models = edited("teacher", chat(own)), edited("student", chat(CHATML))
-    data, student, _ = load(rows_file, *models)
-    assert "different chat templates" in capsys.readouterr().out
-    e = data.train[0]
-    assert e.teacher_prompt == e.prompt
-    start = student.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    data, *_ = load(rows_file, *models, teacher_template="auto")
-    e = data.train[0]
-    assert e.teacher_prompt == [start, *ids(e.row["prompt"]), *ids("!")] != e.prompt
+    rows = rows_of(60, prompt="a {i}", response="b")
+    e = read(rows, *models)[0]
+    assert e.teacher_prompt == e.prompt and "different chat templates" in capsys.readouterr().out
+    e = read(rows, *models, teacher_template="auto")[0]
+    assert e.teacher_prompt == [START, *ids("a 0"), *ids("!")] != e.prompt
     assert "different chat templates" not in capsys.readouterr().out
 
 
-def test_a_template_that_writes_the_date_gives_the_same_prompt_every_day(load, edited, rows_file):
+def test_a_template_that_writes_the_date_gives_the_same_prompt_every_day(read, edited):
     """Of several templates the one named default is read."""
     dated = "{{ date_string }}; {{ strftime_now('%d %b %Y') }}{{ messages[0]['content'] }}"
     several = chat({"default": dated, "tools": CHATML})
-    data, *_ = load(rows_file, edited("teacher", chat(dated)), edited("student", several))
-    e = data.train[0]
-    assert e.prompt == ids("26 Jul 2024; 26 Jul 2024") + ids(e.row["prompt"])
+    models = edited("teacher", chat(dated)), edited("student", several)
+    e = read(rows_of(60, prompt="a {i}", response="b"), *models)[0]
+    assert e.prompt == ids("26 Jul 2024; 26 Jul 2024") + ids("a 0")
 
 
 # --- The end of a response, tokens, weights -----------------------------------------------------
@@ -524,14 +496,14 @@ def test_a_student_without_weights_starts_at_random_by_its_seed(edited, capsys):
     assert "holds no weights" in capsys.readouterr().out
 
 
-def test_a_model_that_begins_responses_with_a_token_of_its_own_is_refused(load, edited, rows_file):
+def test_a_model_that_begins_responses_with_a_token_of_its_own_is_refused(read, edited):
     def bos(tokenizer):
         tokenizer.bos_token = "<pad>"
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="<pad> $A </s>", special_tokens=[("<pad>", 0), ("</s>", 1)])
     bart = edited("student", tokenizer(bos), kind="t5")
     with pytest.raises(common.BadInput, match="as BART does"):
-        load(rows_file, student=bart, kind="t5")
+        read(rows_of(60, prompt="a {i}", response="b"), student=bart, kind="t5")
 
 
 def test_a_tilde_is_the_home_directory_in_every_path(monkeypatch):

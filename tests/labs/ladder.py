@@ -3,7 +3,6 @@
     python tests/labs/ladder.py llmr                  blank all functions of "The method"
     python tests/labs/ladder.py llmr returns_to_go    or only this one: the first rung
     python tests/labs/ladder.py llmr --list           the functions, in the order of the file
-    python tests/labs/ladder.py --prove               blank each in turn: a test must fail (minutes)
 
 Signatures and docstrings stay, and the equations are in the docstring of the file. Tests tell what
 is still wrong: tests/test_methods.py looks at single functions, and tests/test_oracle.py at the
@@ -11,11 +10,8 @@ gradient of the first steps. The command prints how to run them.
 """
 import argparse
 import ast
-import os
 import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,41 +44,12 @@ def copy(method, names, target):
     (target / f"{method}.py").write_text("\n".join(lines) + "\n")
 
 
-def tests(method):
-    """The arguments of pytest that grade a method: the loops of the others need not be run."""
-    return ["tests/test_methods.py", "tests/test_oracle.py", "-k", f"test_methods or {method}"]
-
-
-def prove():
-    """Every function that a student may have to write is needed by a test."""
-    needed, n = 0, 0
-    for method in METHODS:
-        for name, _, _ in functions((ROOT / f"{method}.py").read_text()):
-            with tempfile.TemporaryDirectory() as folder:
-                copy(method, [name], Path(folder, "copy"))
-                command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
-                done = subprocess.run([*command, *tests(method)], cwd=Path(folder, "copy"),
-                                      env={**os.environ, "OMP_NUM_THREADS": "1"},
-                                      capture_output=True, text=True)
-            lines = done.stdout.splitlines()
-            failed = [x for x in lines if x.startswith(("FAILED", "ERROR"))] or ["NO TEST FAILS"]
-            needed, n = needed + bool(done.returncode), n + 1
-            print(f"{method}.{name}: {failed[0]}", flush=True)
-    print(f"needed {needed} of {n}")
-    return needed < n
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("method", nargs="?", choices=METHODS)
+    parser.add_argument("method", choices=METHODS)
     parser.add_argument("function", nargs="*", help="only these; without: all")
     parser.add_argument("--list", action="store_true", dest="only_list", help="show the functions")
-    parser.add_argument("--prove", action="store_true", help="blank each function in turn")
     args = parser.parse_args()
-    if args.prove:
-        return prove()
-    if not args.method:
-        parser.error(f"which method? one of {', '.join(METHODS)}")
     known = [name for name, _, _ in functions((ROOT / f"{args.method}.py").read_text())]
     if args.only_list:
         print("\n".join(known))
@@ -94,10 +61,9 @@ def main():
     if target.exists():
         parser.error(f"{target} is there already, maybe with your work: remove or rename it")
     copy(args.method, args.function or known, target)
-    files, words = tests(args.method)[:2], tests(args.method)[3]
     print(f"write {', '.join(args.function or known)} in {target / args.method}.py, then\n"
-          f"  (cd {target} && python -m pytest -x {' '.join(files)} -k \"{words}\")\n"
-          f"The solution is {args.method}.py here.")
+          f"  (cd {target} && python -m pytest -x tests/test_methods.py tests/test_oracle.py "
+          f"-k \"test_methods or {args.method}\")\nThe solution is {args.method}.py here.")
     return 0
 
 
