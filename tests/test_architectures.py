@@ -45,8 +45,6 @@ ENCODER_DECODERS = {  # 11 of them
 REFUSED = {
     "mamba": (dict(OLD, state_size=4), "keeps no cache of keys and values"),
     "rwkv": (dict(hidden_size=32, num_hidden_layers=2), "keeps no cache of keys and values"),
-    "falcon_h1": (dict(NEW, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8),
-                  "keeps no cache of keys and values"),
     "lfm2": (dict(NEW, layer_types=["conv", "full_attention"]), "keeps no cache of keys and"),
     "xlnet": (dict(d_model=32, n_layer=2, n_head=4, d_inner=48), "is not built like"),
     "bert": (dict(OLD, intermediate_size=48, is_decoder=True), "are not its output head times"),

@@ -283,7 +283,6 @@ FORMS = {
     "d.jsonl.gz": lambda p: zipped(write_rows(p.with_suffix(""), TEXT_ROWS)),
     "d.json": lambda p: p.write_text(json.dumps(TEXT_ROWS, indent=1), encoding="utf-8"),
     "d.csv": write_csv,
-    "d.csv.gz": lambda p: [write_csv(p.with_suffix("")), zipped(p.with_suffix(""))],
     "d.tsv": lambda p: write_csv(p, "\t"),
     "d.parquet": lambda p: dataset().to_parquet(p),
     "saved": lambda p: dataset().save_to_disk(p),
@@ -506,8 +505,9 @@ def test_a_model_that_begins_responses_with_a_token_of_its_own_is_refused(read, 
         read(rows_of(60, prompt="a {i}", response="b"), student=bart, kind="t5")
 
 
-def test_a_tilde_is_the_home_directory_in_every_path(monkeypatch):
+def test_options_have_dashes_or_underscores_and_a_tilde_is_the_home_directory(monkeypatch):
     """A shell leaves it in --out=~/run."""
     monkeypatch.setenv("HOME", "/home/me")
-    cfg = common.parse_args(kd_forward.Config, ["--data=~/own", "--out=~/run"])
-    assert (cfg.data, cfg.out) == ("/home/me/own", "/home/me/run")
+    parse = lambda *words: common.parse_args(kd_forward.Config, words)
+    assert parse("--batch-size", "8").batch_size == parse("--batch_size=8").batch_size == 8
+    assert parse("--compile").compile and parse("--out=~/a_b-c").out == "/home/me/a_b-c"

@@ -308,14 +308,9 @@ HUB = {  # a row as the hub has it, and how the student's prompt ends; its respo
              "qnli question: Who? sentence: Ann did.", "entailment"),
     "mnli": ({"premise": "It rains.", "hypothesis": "It pours.", "label": 1, "idx": 0},
              "mnli premise: It rains. hypothesis: It pours.", "neutral"),
-    "anli": ({"uid": "x", "premise": "P.", "hypothesis": "H.", "label": 2, "reason": ""},
-             "anli premise: P. hypothesis: H.", "contradiction"),
     "squad": ({"id": "1", "title": "T", "context": "The cat sat.", "question": "Who sat?",
                "answers": {"text": ["The cat", "cat"], "answer_start": [0, 4]}},
               "question: Who sat? context: The cat sat.", "The cat"),
-    "adversarial_qa": ({"id": "1", "title": "T", "context": "C.", "question": "Q?", "metadata": {},
-                        "answers": {"text": ["C"], "answer_start": [0]}},
-                       "question: Q? context: C.", "C"),
     "svamp": ({"ID": "chal-1", "Body": "Ann has 8 figs.", "Question": "And now?", "Type": "x",
                "Equation": "( 8.0 - 3.0 )", "Answer": "5.0", "question_concat": "x"},
               "svamp body: Ann has 8 figs. question: And now?", "( 8.0 - 3.0 )"),
@@ -324,7 +319,7 @@ HUB = {  # a row as the hub has it, and how the student's prompt ends; its respo
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_each_of_the_ten_tasks_reads_rows_of_its_hub_form(name):
+def test_a_task_reads_rows_of_its_hub_form(name):
     record, prompt, response = HUB[name]
     row = gold.read_sample(record, "here", gold.load_task(name))
     assert (row["prompt"], row["response"]) == (prompt, response)

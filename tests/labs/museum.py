@@ -8,16 +8,15 @@ caught if the named test passes in a clean copy and fails by an assertion in the
 To learn from an exhibit, read its two lines and predict what will be seen before you read on.
 A shift by one in `positions` is no exhibit: `check_model` refuses it when a model is loaded.
 """
-import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-children = multiprocessing.get_context("forkserver")
 
 
 @dataclass
@@ -165,31 +164,20 @@ def node(exhibit):
     return f"tests/test_{file}.py::test_{name}"
 
 
-def pytest_in(tree, nodes, report):
-    """What a child does: torch is imported already, which takes seconds, and nothing of ours is."""
-    import pytest
-    os.chdir(tree)
-    with open(report, "w") as sys.stdout:
-        status = pytest.main(["-x", "-p", "no:cacheprovider", *nodes])
-    sys.exit(status)
-
-
 def run_tests(nodes, exhibit=None):
     """Copy the project, plant the bug, run the tests -> (exit status, first line of a failure)."""
     with tempfile.TemporaryDirectory() as folder:
-        tree, report = Path(folder, "copy"), Path(folder, "report")
+        tree = Path(folder, "copy")
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "out", "__pycache__"))
         if exhibit:
             text = (tree / exhibit.file).read_text()
             if text.count(exhibit.old) != 1:
                 return -1, f"{exhibit.file} holds {text.count(exhibit.old)} times: {exhibit.old}"
             (tree / exhibit.file).write_text(text.replace(exhibit.old, exhibit.new))
-        child = children.Process(target=pytest_in, args=(tree, nodes, report))
-        child.start()
-        child.join()
-        said = report.read_text()
-    failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return child.exitcode, (failed or [said[-500:]])[0]
+        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider",
+                               *nodes], cwd=tree, capture_output=True, text=True)
+    failed = [x for x in done.stdout.splitlines() if x.startswith(("FAILED", "ERROR"))]
+    return done.returncode, (failed or [(done.stdout + done.stderr)[-500:]])[0]
 
 
 def show(number, exhibit):
@@ -201,7 +189,6 @@ def show(number, exhibit):
 
 def main():
     os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "400"}  # narrow lines would lose the reason
-    children.set_forkserver_preload(["pytest", "torch", "transformers"])
     chosen = dict(enumerate(EXHIBITS, 1))
     if sys.argv[1:]:
         number = int(sys.argv[1]) if sys.argv[1].isdigit() else 0
