@@ -3,13 +3,21 @@
 The loops are written as in test_oracle.py, with its tools: plain Python over the unpadded forward
 pass of Hugging Face.
 """
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import test_oracle as oracle
 import torch
+import torch.nn.functional as F
+from conftest import ROOT
 from test_oracle import EOS, OTHER, at, check, loaded, logits, logprobs
 from test_runs import outcome, stopped, train
+
+import common
+import llmr
+from tests.controls import on_policy
 
 root = oracle.root  # the fixture with the data
 CONTROLS = {"on_policy": {}, "seqkd_greedy": {}, "dpkd_token": {},
@@ -143,3 +151,53 @@ def test_a_control_that_was_killed_ends_bit_by_bit_where_it_would_have_ended(roo
     assert outcome(whole.out) == outcome(killed.out)
     files = {file.name for file in Path(whole.out).iterdir()}
     assert files >= {"settings.json", f"{name}.py", "checkpoint.pt", "generations.jsonl"}
+
+
+def test_the_expected_gradient_of_the_sampled_form_is_that_of_the_full_kl():
+    generator = torch.Generator().manual_seed(0)
+    z, f = (torch.randn(5, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    z.requires_grad_()  # five prefixes, a vocabulary of four tokens
+    kl, _ = on_policy.reverse_kl_loss(z, f, None, "full")
+    wanted, = torch.autograd.grad(kl.sum(), z)
+    expected = torch.zeros_like(z)
+    for token in range(4):
+        targets = torch.full((5,), token)
+        loss, same_kl = on_policy.reverse_kl_loss(z, f, targets, "sampled")
+        probability = z.softmax(-1)[:, token].detach()  # of drawing this token
+        expected += torch.autograd.grad((probability * loss).sum(), z)[0]
+        assert torch.equal(same_kl, kl)
+    assert torch.allclose(expected, wanted, atol=1e-12)
+    assert wanted.abs().max() > 0.1
+
+
+def test_llmr_with_lse_values_less_log_q_and_without_return_to_go_is_the_sampled_form():
+    """G_t - V(s_t) sums log p of this token and of all later ones; the later ones are taken off."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.tensor([3, 5])
+    z, f = (torch.randn(8, 6, dtype=torch.float64, generator=generator) for _ in range(2))
+    targets = torch.randint(6, (8,), generator=generator)
+    values = llmr.teacher_values(f, targets, "lse")
+    action_value, state_value, _ = (llmr.pad_responses(v, lengths) for v in values)
+    reward = llmr.induced_reward(action_value, state_value, lengths)
+    to_go = llmr.returns_to_go(reward) - state_value  # --baseline value
+    this = to_go - F.pad(to_go[:, 1:], (0, 1))
+    inside = torch.arange(5) < lengths[:, None]
+    logq = common.log_softmax_at(z.requires_grad_(), targets)
+    weights = llmr.policy_weights(this[inside] - logq, logq, None)
+    sampled, _ = on_policy.reverse_kl_loss(z, f, targets, "sampled")
+    assert torch.allclose(-weights * logq, sampled)
+    gradients = [torch.autograd.grad(loss.sum(), z, retain_graph=True)[0]
+                 for loss in (-weights * logq, sampled)]
+    assert torch.allclose(*gradients)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_control_runs_as_a_file_and_as_a_module(root, name, tmp_path):
+    s = settings(root, name)
+    flags = ["--teacher", s.teacher, "--student", s.student, "--data", s.data, "--steps", "2",
+             "--batch-size", "4", "--max-prompt", "24", "--max-response", "8", "--eval-rows", "1"]
+    for i, command in enumerate(([f"tests/controls/{name}.py"], ["-m", f"tests.controls.{name}"])):
+        done = subprocess.run([sys.executable, *command, *flags, "--out", str(tmp_path / str(i))],
+                              cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]

@@ -15,7 +15,7 @@ import torch
 from conftest import any_run, flags, small_run, write_rows
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import common
 import kd_forward
@@ -224,6 +224,8 @@ BAD = {
     "other tokens": bad("", "different tokenizers", "Ġcat", "Ġdog", student=swap_tokens),
     "token beyond the embedding": data("d.jsonl", MANY.replace("cat", "zz8"), "d.jsonl, line 1",
                                        "'zz8'", student=more_tokens, teacher=more_tokens),
+    "token beyond the embedding, running text": bad(
+        "", "--student", "resize_token_embeddings", script="ddk", student=more_tokens),
     "chat teacher, base student": bad(
         "", "<|endoftext|>", "<|im_end|>", "save the teacher's tokenizer into a copy",
         teacher=[chat(CHATML), values("generation_config.json", eos_token_id=[0, 321])]),
@@ -511,3 +513,22 @@ def test_options_have_dashes_or_underscores_and_a_tilde_is_the_home_directory(mo
     parse = lambda *words: common.parse_args(kd_forward.Config, words)
     assert parse("--batch-size", "8").batch_size == parse("--batch_size=8").batch_size == 8
     assert parse("--compile").compile and parse("--out=~/a_b-c").out == "/home/me/a_b-c"
+
+
+def test_texts_are_tokenized_in_batches(read, monkeypatch):
+    calls, call = [], PreTrainedTokenizerFast.__call__
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__",
+                        lambda self, *a, **k: calls.append(a) or call(self, *a, **k))
+    read(rows_of(80, prompt="a {i}", response="b"))
+    assert len(calls) < 40  # of 80 rows, with a prompt and a response each
+
+
+def test_an_added_pad_token_that_no_row_uses_passes(read, edited):
+    added = edited("student", tokenizer(lambda t: t.add_special_tokens({"pad_token": "[PAD]"})))
+    assert read(rows_of(80, prompt="a {i}", response="b"), student=added)
+
+
+def test_weights_that_are_not_used_are_said_in_a_line(edited, capsys):
+    path = edited("student", weights(lambda w: {**w, "value_head.weight": torch.ones(3)}))
+    common.load_model(str(path), "student", CPU)
+    assert "1 weights are not used, such as value_head.weight" in capsys.readouterr().out

@@ -408,3 +408,8 @@ def test_a_signal_stops_both_processes_and_one_goes_on(config, tmp_path):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     work(json.loads(Path(sys.argv[1]).read_text()), two=True)
+
+
+def test_a_place_where_nothing_can_be_written_is_told(config, rows_file):
+    with pytest.raises(common.BadInput, match="cannot be written there"):
+        train(dataclasses.replace(config(), out=f"{rows_file}/run"))

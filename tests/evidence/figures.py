@@ -141,8 +141,9 @@ def dpkd_border(values):
     betas, refreshes = ("0.1", "0.5", "2", "5"), (1, 4, 16, 64, 0)
     figure, axes = canvas(2, "DPKD collapses when responses are old and beta is small (500 steps)",
                           3.4)
-    for axis, metric, title, color in ((axes[0], "right", "probability of a right response", "BuGn"),
-                                       (axes[1], "kl_pq", "kl_pq, nats per response", "OrRd")):
+    shown_as = {"right": ("probability of a right response", "BuGn"),
+                "kl_pq": ("kl_pq, nats per response", "OrRd")}
+    for axis, (metric, (title, color)) in zip(axes, shown_as.items()):
         grid = [[mean(values, f"border-{b}-{r}", metric) for r in refreshes] for b in betas]
         shown = [[min(x, 12) for x in line] for line in grid]
         axis.imshow(shown, cmap=color, aspect="auto", vmin=0)
