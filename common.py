@@ -437,8 +437,8 @@ class Run:
                 "step": step, "seconds": self.elapsed(), "rng": torch.get_rng_state(),
                 "cuda_rng": cuda_rng, "parts": {k: v.state_dict() for k, v in parts.items()}})
 
-    def finish(self, student, rows, meanings, generations=()):
-        """Print the table of `rows` {column: metrics}; save the student, generations.jsonl and
+    def finish(self, student, columns, meanings, generations=()):
+        """Print the table of `columns` {name: metrics}; save the student, generations.jsonl and
         result.json."""
         peak = 0.0
         if self.device.type == "cuda":
@@ -447,11 +447,11 @@ class Run:
             import resource  # Windows has no such module
             unit = 2**30 if sys.platform == "darwin" else 2**20
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        result = {f"{column}.{k}": round(v, 6) for column, m in rows.items() for k, v in m.items()}
+        result = {f"{name}.{k}": round(v, 6) for name, m in columns.items() for k, v in m.items()}
         result |= {"script": self.script.stem, "steps": self.cfg.steps,
                    "seconds": round(self.elapsed(), 1), "peak_gib": round(peak, 3),
                    "torch": torch.__version__, "transformers": transformers.__version__}
-        print(table(rows, meanings))
+        print(table(columns, meanings))
         if processes()[0] == 0:
             with blaming(f"{self.dir}: the result cannot be written there"):
                 student.save_pretrained(self.dir / "student")
@@ -466,12 +466,12 @@ class Run:
         return result
 
 
-def table(rows, meanings):
-    """{column: metrics}, {metric: its meaning} -> a line for each metric that has a meaning."""
-    lines = ["", " " * 18 + "".join(f"{column:>10}" for column in rows)]
+def table(columns, meanings):
+    """{name: metrics}, {metric: its meaning} -> a line for each metric that has a meaning."""
+    lines = ["", " " * 18 + "".join(f"{name:>10}" for name in columns)]
     for k, meaning in meanings.items():
-        if any(k in m for m in rows.values()):
-            cells = [f"{m[k]:10.3f}" if k in m else " " * 10 for m in rows.values()]
+        if any(k in m for m in columns.values()):
+            cells = [f"{m[k]:10.3f}" if k in m else " " * 10 for m in columns.values()]
             lines.append(f"{k:<18}{''.join(cells)}   {meaning}")
     return "\n".join(lines)
 

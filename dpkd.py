@@ -186,7 +186,8 @@ def train(cfg) -> dict:
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
-    before = evaluate_test(student)  # before run.start, which loads a trained one with --resume
+    columns = {"teacher": evaluate_test(teacher)}
+    columns["before"] = evaluate_test(student)  # before run.start: --resume loads a trained one
 
     # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
@@ -259,9 +260,8 @@ def train(cfg) -> dict:
                     tokens=n_tokens)
         run.end_step(step + 1, **parts)
 
-    rows = {"teacher": evaluate_test(teacher), "before": before}
-    rows["after"] = evaluate_test(student) if cfg.steps else before
-    return run.finish(student, rows, common.MEANINGS, evaluate_test.generations)
+    columns["after"] = evaluate_test(student) if cfg.steps else columns["before"]
+    return run.finish(student, columns, common.MEANINGS, evaluate_test.generations)
 
 
 if __name__ == "__main__":

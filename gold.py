@@ -565,7 +565,7 @@ def train(cfg) -> dict:
     def evaluate(examples=valid):
         return task_metrics(task, answers_of(examples), [e.row for e in examples])
 
-    before = evaluate(test)  # before run.start, which loads a trained one with --resume
+    before = evaluate(test)  # before run.start: --resume loads a trained one
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     data = [[row["prompt"], row["references"]] for part in splits.values() for row in part]

@@ -19,8 +19,9 @@ Points 1 and 2 differ from the papers; point 3 lists choices that are easy to ov
  2. The mean runs over all response tokens of a step at once, so long responses weigh more.
  3. Only responses have a loss. CE does not divide the logits by tau; Hinton et al. do the same.
 
-What to watch: `kl_pq`, the KL(p||q) on validation prompts, should fall. The training loss can
-mislead: with --alpha 0 it falls while kl_pq rises: the student memorises the given responses.
+What to watch: `kl_pq`, the KL(p||q) of whole responses to validation prompts, should fall. The
+training loss, a mean over tokens, can mislead: with --alpha 0 it falls while kl_pq rises, because
+the student memorises the given responses.
 
     python kd_forward.py                                 KD on the given responses
     python kd_forward.py --alpha 0                       SFT, supervised fine-tuning, no teacher
@@ -100,7 +101,8 @@ def train(cfg) -> dict:
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
-    before = evaluate_test(student)  # before run.start, which loads a trained one with --resume
+    columns = {"teacher": evaluate_test(teacher)} if teacher else {}
+    columns["before"] = evaluate_test(student)  # before run.start: --resume loads a trained one
 
     # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
@@ -150,9 +152,8 @@ def train(cfg) -> dict:
                     tokens=n_tokens)
         run.end_step(step + 1, student=student, optimizer=optimizer)
 
-    rows = {"teacher": evaluate_test(teacher)} if teacher else {}
-    rows |= {"before": before, "after": evaluate_test(student) if cfg.steps else before}
-    return run.finish(student, rows, common.MEANINGS, evaluate_test.generations)
+    columns["after"] = evaluate_test(student) if cfg.steps else columns["before"]
+    return run.finish(student, columns, common.MEANINGS, evaluate_test.generations)
 
 
 if __name__ == "__main__":

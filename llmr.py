@@ -18,7 +18,7 @@ centred, are values Q. Bellman: Q(s_t,a_t) = r_t + V(s_{t+1}), which gives r_t. 
     sampler, w = ratio, W = weights. --value: V is max, mean under p or logsumexp of Q.
 
 The advantage A_t = log p(a_t|s_t) - max_a log p(a|s_t) is never above 0. With V = max, r_1 + .. +
-r_n is V(s_1) + sum_t A_t. So the teacher's greedy response is best, and the entropy of q goes to 0.
+r_n is V(s_1) + sum_t A_t. So q goes to the teacher's greedy response, or the next best it can say.
 
 What differs from the released code. (Its settings are not given; we read the paper's abstract.)
  1. Responses without EOS are kept, with V = 0 after their last token. The release drops them.
@@ -124,7 +124,8 @@ def train(cfg) -> dict:
 
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
-    before = evaluate_test(student)  # before run.start, which loads a trained one with --resume
+    columns = {"teacher": evaluate_test(teacher)}
+    columns["before"] = evaluate_test(student)  # before run.start: --resume loads a trained one
 
     # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
@@ -203,9 +204,8 @@ def train(cfg) -> dict:
                     no_end=no_end, grad_norm=grad_norm.item(), lr=lr, tokens=n_tokens)
         run.end_step(step + 1, **parts)
 
-    rows = {"teacher": evaluate_test(teacher), "before": before}
-    rows["after"] = evaluate_test(student) if cfg.steps else before
-    return run.finish(student, rows, common.MEANINGS, evaluate_test.generations)
+    columns["after"] = evaluate_test(student) if cfg.steps else columns["before"]
+    return run.finish(student, columns, common.MEANINGS, evaluate_test.generations)
 
 
 if __name__ == "__main__":

@@ -259,6 +259,15 @@ def test_a_run_fills_its_directory(script, any_root, tmp_path):
     assert all(set(r) == {"prompt", "greedy", "sample", "references"} for r in rows)
 
 
+def test_only_evaluating_writes_the_responses_of_the_student_not_of_the_teacher(config, tmp_path):
+    said = []
+    for teacher in ("none", config().teacher):
+        out = tmp_path / Path(teacher).name
+        train(dataclasses.replace(config(), steps=0, alpha=0, teacher=teacher, out=str(out)))
+        said.append([row["greedy"] for row in lines_of(out, "generations.jsonl")])
+    assert said[0] == said[1]
+
+
 def test_curves_are_written_where_tensorboard_is_installed(config, tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     train(config())

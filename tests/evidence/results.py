@@ -105,6 +105,12 @@ TABLES = {
         f"border-{beta}-{refresh}":
             f"{DPKD} --steps 500 --eval-every 500 --beta {beta} --refresh {refresh}"
         for beta in ("0.1", "0.5", "2", "5") for refresh in (1, 4, 16, 64, 0)}),
+    "border-more": ("answers", TUNE, {
+        f"more-{refresh}-{change}":
+            f"{DPKD} --steps 500 --eval-every 500 --refresh {refresh} {settings}"
+        for refresh in (1, 64, 0) for change, settings in (
+            ("norm", "--beta 1 --length-norm"), ("anchor", "--beta 0.1 --anchor 0.5"),
+            ("slow", "--beta 0.1 --lr 1.5e-3"), ("fast", "--beta 0.1 --lr 1e-2"))}),
     "words": ("pronounce", THREE, {
         "words-labels": f"{KD} --alpha 0{FRESH}",
         "words-kd": f"{KD} --cache{FRESH}",
@@ -253,7 +259,7 @@ def table(name, metrics, values):
             found = per_seed(values, row, metric, part).values()
             cells.append(mean(found) if found else "")
         seconds = per_seed(values, row, "seconds", "run").values() if part == "after" else []
-        spent = f"{statistics.median(seconds):.0f}" if seconds else ""
+        spent = f"{min(seconds):.0f}" if seconds else ""
         lines.append(f"| {label} | {' | '.join(cells)} | {spent} | {command} |")
     return "\n".join(lines)
 

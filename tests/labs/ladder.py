@@ -63,7 +63,7 @@ def main():
     copy(args.method, args.function or known, target)
     print(f"write {', '.join(args.function or known)} in {target / args.method}.py, then\n"
           f"  (cd {target} && python -m pytest -x tests/test_methods.py tests/test_oracle.py "
-          f"-k \"test_methods or {args.method}\")\nThe solution is {args.method}.py here.")
+          f"-k \"test_methods or {args.method}\")\nThe solution is ./{args.method}.py.")
     return 0
 
 

@@ -1,11 +1,12 @@
 """The bug museum: thirty one-line bugs of distillation code, and the ordinary test that sees each.
 
-    python tests/labs/museum.py        plant every bug in a copy of the project: minutes
-    python tests/labs/museum.py 7      show exhibit 7, and plant it
+    python tests/labs/museum.py            plant every bug in a copy of the project: minutes
+    python tests/labs/museum.py 7 --ask    show the two lines of exhibit 7
+    python tests/labs/museum.py 7          also what they do, and plant the bug
 
 With each of these bugs a run starts, trains and ends, and its curve looks fine. An exhibit is
 caught if the named test passes in a clean copy and fails by an assertion in the one with the bug.
-To learn from an exhibit, read its two lines and predict what will be seen before you read on.
+To learn from an exhibit, look at its two lines with --ask, and predict what will be seen.
 A shift by one in `positions` is no exhibit: `check_model` refuses it when a model is loaded.
 """
 import os
@@ -180,11 +181,14 @@ def run_tests(nodes, exhibit=None):
     return done.returncode, (failed or [(done.stdout + done.stderr)[-500:]])[0]
 
 
-def show(number, exhibit):
+def show(number, exhibit, ask):
     print(f"Exhibit {number}: {exhibit.file}\n\n- {exhibit.old.strip()}\n"
-          f"+ {exhibit.new.strip()}\n\nSymptom: {exhibit.symptom}\n"
-          f"Why the curve looks fine: {exhibit.fine}\n"
-          f"Seen by: {node(exhibit)}\n", flush=True)
+          f"+ {exhibit.new.strip()}\n")
+    if ask:
+        print("What is the symptom? Why does the curve look fine? Which test could see it?")
+    else:
+        print(f"Symptom: {exhibit.symptom}\nWhy the curve looks fine: {exhibit.fine}\n"
+              f"Seen by: {node(exhibit)}\n", flush=True)
 
 
 def main():
@@ -196,7 +200,9 @@ def main():
             print(f"error: there are exhibits 1 to {len(EXHIBITS)}", file=sys.stderr)
             return 2
         chosen = {number: chosen[number]}
-        show(number, chosen[number])
+        show(number, chosen[number], "--ask" in sys.argv)
+        if "--ask" in sys.argv:
+            return 0
     status, line = run_tests(sorted({node(exhibit) for exhibit in chosen.values()}))
     if status:
         print(f"error: a test fails without any bug: {line}", file=sys.stderr)
