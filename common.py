@@ -1355,7 +1355,7 @@ MEANINGS = {
     "kl_qp": "KL(student || teacher), nats per response; lower is better",
     "right": "probability of a right response; higher is better",
     "right_greedy": "share of greedy responses that are right; higher is better",
-    "wording_distance": "0 to 1, from the teacher's choice of wordings; lower is better",
+    "wording_distance": "to the teacher's choice of wordings, 0 to 1; lower is better",
     "rouge_l": "ROUGE-L of greedy responses, 0 to 1; higher is better",
     "exact_match": "share of greedy responses equal to a reference; higher is better",
     "ce": "cross entropy on given responses, nats per token; lower is better",

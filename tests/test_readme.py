@@ -25,7 +25,9 @@ def commands(text):
     return [x for x in parts if not x.startswith("python -m venv")]
 
 
-IN_README = commands(README)
+COURSE = "".join((ROOT / f"assets/{name}.md").read_text(encoding="utf-8")
+                 for name in ("exercises", "lecturer"))
+IN_README = commands(README + COURSE)
 IN_SCRIPTS = [(s, c) for s in SCRIPTS for c in commands(importlib.import_module(s).__doc__)]
 
 
@@ -84,3 +86,14 @@ def test_a_file_imports_only_what_it_may(name):
     extra = {"datasets", "tqdm"} if name == "common" else {"common"}
     assert foreign <= {"torch", "transformers", "numpy"} | extra
     assert "\nimport datasets" not in text
+
+
+def test_tables_of_results_are_those_of_the_csv_and_each_row_has_a_command(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests/evidence"))
+    results = importlib.import_module("results")
+    page, values = results.PAGE.read_text(encoding="utf-8"), results.read()
+    assert results.fill(page, values) == page
+    for row, (_, seeds, _) in results.ROWS.items():
+        script, *words = results.command_of(row, seeds[0], values)
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        common.check_settings(common.parse_args(module.Config, words))

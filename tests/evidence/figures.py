@@ -41,15 +41,16 @@ def curves(values, row, metric, part="valid"):
     return {seed: sorted(points) for seed, points in found.items()}
 
 
-def draw_curves(axis, found, color, label, scale=1.0):
-    """A thin line for each seed, a thick one for their mean, with its name at the right end."""
+def draw_curves(axis, found, color, label, scale=1.0, up=0):
+    """A thin line for each seed, a thick one for their mean, with its name at the right end, moved
+    up by some points."""
     for points in found.values():
         axis.plot([s for s, _ in points], [scale * v for _, v in points], color=color, lw=0.6,
                   alpha=0.4)
     steps = [s for s, _ in next(iter(found.values()))]
     means = [scale * statistics.mean(p[i][1] for p in found.values()) for i in range(len(steps))]
     axis.plot(steps, means, color=color, lw=2)
-    axis.annotate(label, (steps[-1], means[-1]), (5, 0), textcoords="offset points", color=color,
+    axis.annotate(label, (steps[-1], means[-1]), (5, up), textcoords="offset points", color=color,
                   va="center", annotation_clip=False)
 
 
@@ -86,13 +87,13 @@ def tradeoff(values):
 
 def kd_forward(values):
     figure, axis = canvas(1, "What the teacher gives decides: KL(p||q) over 300 steps", width=7.5)
-    for row, name, color in (("sft", "SFT", ORANGE), ("kd", "KD, given responses", SKY),
-                             ("seqkd", "SeqKD", GREEN),
-                             ("kd-teacher", "KD, teacher's responses", BLUE)):
+    for row, name, color, up in (("sft", "SFT", ORANGE, 0), ("kd", "KD, given responses", SKY, 0),
+                                 ("seqkd", "SeqKD", GREEN, 7),
+                                 ("kd-teacher", "KD, teacher's responses", BLUE, -6)):
         points = curves(values, row, "kl_pq")
         for seed in points:  # the curve ends with the test rows
             points[seed].append((300, results.per_seed(values, row, "kl_pq")[seed]))
-        draw_curves(axis, points, color, name)
+        draw_curves(axis, points, color, name, up=up)
     axis.set(xlabel="optimizer steps (thin lines: five instances)", ylim=(0, None),
              ylabel="kl_pq, nats per response")
     return figure
@@ -129,9 +130,11 @@ def dpkd_margin(values):
         draw_curves(axes[0], curves(values, row, "margin", "train"), color,
                     f"{name}: training pairs", 10)
         draw_curves(axes[0], curves(values, row, "fresh_margin"), GRAY if name == "fresh" else PINK,
-                    f"{name}: new pairs", 10)
+                    f"{name}: new pairs", 10, up=-9)
         draw_curves(axes[1], curves(values, row, "right"), color, name)
     axes[0].set_yscale("symlog", linthresh=10)
+    ticks = [-300, -100, -30, -10, -5, 0, 5]
+    axes[0].set_yticks(ticks, map(str, ticks))
     axes[0].set(title="margin / beta, nats", xlabel="optimizer steps")
     axes[1].set(title="probability of a right response", xlabel="optimizer steps", ylim=(0, 1))
     return figure
@@ -139,7 +142,7 @@ def dpkd_margin(values):
 
 def dpkd_border(values):
     betas, refreshes = ("0.1", "0.5", "2", "5"), (1, 4, 16, 64, 0)
-    figure, axes = canvas(2, "DPKD collapses when responses are old and beta is small (500 steps)",
+    figure, axes = canvas(2, "DPKD collapses when student responses are old, whatever beta is",
                           3.4)
     shown_as = {"right": ("probability of a right response", "BuGn"),
                 "kl_pq": ("kl_pq, nats per response", "OrRd")}
@@ -177,9 +180,10 @@ def gold(values):
         axis.set(title=title)
         axis.grid(axis="x", color="0.92")
     axes[0].set_xlim(0, 20.5)
+    axes[0].set_xticks(range(0, 21, 4))
     axes[1].axvline(0.5, color="0.6", lw=0.8)
-    axes[1].annotate("guessing", (0.5, -0.35), (4, 0), textcoords="offset points", color="0.4")
-    axes[1].legend(loc="center right", frameon=False)
+    axes[1].annotate("guessing", (0.5, 2.5), (4, 0), textcoords="offset points", color="0.4")
+    axes[1].legend(loc="lower right", frameon=False)
     return figure
 
 

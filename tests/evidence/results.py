@@ -137,9 +137,9 @@ def command_of(row, seed, values):
         source, what = match[1], match[2]
         if what == "student":
             return str(OUT / f"{source}-{seed}/student")
-        steps = sorted({step for r, s, part, step, _ in values
-                        if (r, s, part) == (source, seed, "valid")})
-        at = ("after", "") if what == "share" else ("valid", steps[1])
+        steps = {int(step) for r, s, part, step, _ in values
+                 if (r, s, part) == (source, seed, "valid")}
+        at = ("after", "") if what == "share" else ("valid", str(sorted(steps)[1]))
         shares = {m[6:]: v for (r, s, *when, m), v in values.items()
                   if (r, s, *when) == (source, seed, *at) and m.startswith("share_")}
         return ",".join(f"{name}={share:.4f}" for name, share in sorted(shares.items()))
@@ -272,18 +272,19 @@ def difference(first, second, metric, values):
 
 def fill(page, values):
     """Write the tables between their marks `<!-- table NAME METRIC ... -->` and `<!-- end -->`, and
-    the lines of `<!-- differences METRIC a-b ... -->`."""
+    a paragraph for `<!-- differences METRIC:ROW:ROW ... -->`."""
     def one(match):
         kind, *words = match[1].split()
         if kind == "table":
             text = table(words[0], words[1:], values)
         else:
-            lines = ["| difference | metric | mean |", "|---|---|---|"]
-            for word in words[1:]:
-                first, second = word.split(":")
-                lines.append(f"| {first} - {second} | {words[0]} | "
-                             f"{difference(first, second, words[0], values)} |")
-            text = "\n".join(lines)
+            found = {}
+            for word in words:
+                metric, first, second = word.split(":")
+                value = difference(first, second, metric, values)
+                found.setdefault(metric, []).append(f"{first} - {second} {value}")
+            text = "Differences. " + ". ".join(
+                f"`{metric}`: " + "; ".join(items) for metric, items in found.items()) + "."
         return f"<!-- {match[1]} -->\n{text}\n<!-- end -->"
     return re.sub(r"<!-- ((?:table|differences) .*?) -->\n.*?<!-- end -->", one, page, flags=re.S)
 
