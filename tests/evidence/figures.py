@@ -86,7 +86,7 @@ def tradeoff(values):
 
 
 def kd_forward(values):
-    figure, axis = canvas(1, "What the teacher gives decides: KL(p||q) over 300 steps", width=7.5)
+    figure, axis = canvas(1, "KL(p||q) over 300 steps depends on what the teacher gives", width=7.5)
     for row, name, color, up in (("sft", "SFT", ORANGE, 0), ("kd", "KD, given responses", SKY, 0),
                                  ("seqkd", "SeqKD", GREEN, 7),
                                  ("kd-teacher", "KD, teacher's responses", BLUE, -6)):
@@ -100,7 +100,7 @@ def kd_forward(values):
 
 
 def llmr(values):
-    figure, axes = canvas(2, "LLMR gains where the student falls short, on each instance anew",
+    figure, axes = canvas(2, "LLMR gains on every instance where the student falls short",
                           sharey=True)
     starts = {"from the supervised student": ("llmr", {"greedy": ("SeqKD, greedy", WINE)}),
               "from the distilled student": ("llmr-late", {"greedy-late": ("SeqKD, greedy", WINE)})}
@@ -125,17 +125,17 @@ def llmr(values):
 
 
 def dpkd_margin(values):
-    figure, axes = canvas(2, "DPKD, beta = 0.1: frozen pairs flatter the student until it breaks")
+    figure, axes = canvas(2, "DPKD, beta = 0.1: frozen pairs look better while the student breaks")
     for row, name, color in (("dpkd-frozen", "frozen", RED), ("dpkd-fresh", "fresh", BLUE)):
         draw_curves(axes[0], curves(values, row, "margin", "train"), color,
-                    f"{name}: training pairs", 10)
+                    f"{name} pairs, trained on", 10)
         draw_curves(axes[0], curves(values, row, "fresh_margin"), GRAY if name == "fresh" else PINK,
-                    f"{name}: new pairs", 10, up=-9)
+                    f"{name} pairs, measured on new ones", 10, up=-9)
         draw_curves(axes[1], curves(values, row, "right"), color, name)
     axes[0].set_yscale("symlog", linthresh=10)
     ticks = [-300, -100, -30, -10, -5, 0, 5]
     axes[0].set_yticks(ticks, map(str, ticks))
-    axes[0].set(title="margin / beta, nats", xlabel="optimizer steps")
+    axes[0].set(title="margin / beta, nats (logarithmic below -10)", xlabel="optimizer steps")
     axes[1].set(title="probability of a right response", xlabel="optimizer steps", ylim=(0, 1))
     return figure
 
@@ -199,9 +199,11 @@ def ddk(values):
     axes[0].set_yticks(range(len(rows)), rows.values())
     axes[0].axvline(1, color="0.4", lw=0.8)
     axes[0].set(title="widest gap at the end (1: the teacher's level)", xlim=(0.9, None))
-    domains = {"code": BLUE, "prose": GREEN, "log": ORANGE, "json": PINK, "csv": SKY, "noise": GRAY}
+    domains = {"csv": SKY, "json": PINK, "noise": GRAY, "log": ORANGE, "code": BLUE, "prose": GREEN}
     for domain, color in domains.items():
-        draw_curves(axes[1], curves(values, "ddk", f"share_{domain}"), color, domain)
+        label = "log, json, csv, noise" if domain == "log" else domain
+        draw_curves(axes[1], curves(values, "ddk", f"share_{domain}"), color,
+                    label if domain in ("log", "code", "prose") else "")
     axes[1].set(title="share of the data under DDK", xlabel="optimizer steps", ylim=(0, None))
     return figure
 
