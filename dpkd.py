@@ -6,7 +6,7 @@ Models", 2024, arxiv.org/abs/2406.19774; code: https://github.com/microsoft/LMOp
 p is the teacher, q the student, x a prompt. y^p is a response sampled by the teacher (paper: y_t),
 y^q is one sampled by the student (paper: y_s). EOS, the end-of-sequence token, is part of both.
 For a reward r, E_q[r(x,y)] - beta KL(q||p) is largest at q = p exp(r/beta) / Z(x); Z(x) normalises.
-So q is best for r(x,y) = beta log [q(y|x)/p(y|x)] + beta log Z(x) (Eqs. 2 to 5 of the paper). In
+Solved for r: r(x,y) = beta log [q(y|x)/p(y|x)] + beta log Z(x) (Eqs. 2 to 5 of the paper). In
 Bradley and Terry's model Pr(y^p beats y^q) is sigmoid(r(x,y^p) - r(x,y^q)), so Z(x) cancels:
 
     log_ratio(y) = log q(y|x) - log p(y|x)               a sum over the tokens of y
@@ -15,8 +15,8 @@ Bradley and Terry's model Pr(y^p beats y^q) is sigmoid(r(x,y^p) - r(x,y^q)), so 
     --length-norm: log_ratio(y) is divided by the number of tokens of y            Eq. 9
     total        = cfg.preference L + cfg.anchor CE(y^p) + cfg.lm_coef CE(corpus)
 
-When is y^q drawn? The paper does not say. Fresh y^q (--refresh 1) have E[grad log q(y^q|x)] = 0: at
-small beta the mean gradient is beta/2 grad KL(p||q), the direction of SeqKD (CE on y^p), with more
+The paper does not say when y^q is drawn. Fresh y^q (--refresh 1) have E[grad log q(y^q|x)] = 0. At
+small beta grad L is -1/2 grad margin, in the mean beta/2 grad KL(p||q): SeqKD (CE on y^p) with more
 variance. Frozen y^q (--refresh 0): the margin grows, and q may lose even the right responses.
 
 What differs from the paper:
@@ -60,7 +60,7 @@ def preference_loss(logq_teacher, logp_teacher, logq_student, logp_student, n_te
                     beta, length_norm):
     """L and the margin of each pair, Eq. 8, with length_norm Eq. 9. Six (B,) -> two (B,).
 
-    logq_teacher is log q(y^p|x): q is the model, and the last word says who wrote the response. So
+    logq_teacher is log q(y^p|x): q is the model, and `_teacher` says who wrote the response. So
     logp_student is log p(y^q|x). n_teacher and n_student are the lengths of y^p and y^q.
     """
     ratio_teacher = logq_teacher - logp_teacher  # (B,) above 0: y^p is likelier under q than p
@@ -187,7 +187,7 @@ def train(cfg) -> dict:
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
     columns = {"teacher": evaluate_test(teacher)}
-    columns["before"] = evaluate_test(student)  # before run.start: --resume loads a trained one
+    columns["before"] = evaluate_test(student)  # before run.start, which may load trained weights
 
     # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),

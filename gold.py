@@ -19,7 +19,7 @@ end a fresh student q learns the label y from the text x. An unlikely label is o
 loss, the symmetric CE, has a small gradient for such a label:
 
     L = mean over response tokens, whose probability is q_y, of
-        ce_weight (-log q_y) + reverse_ce_weight (-log 1e-4) (1 - q_y)                          (5)
+        ce_weight (-log q_y) + reverse_ce_weight (-log 1e-4) (1 - q_y)      see sce_loss        (5)
 
     In the code: X_t = fresh, V_t = strange, F_{t-1} = feedback, K = shots, b = cfg.round_size. The
     paper's alpha and beta are ce_weight and reverse_ce_weight.
@@ -31,7 +31,7 @@ What differs from the paper (we know its abstract and the released code, which d
  4. V_t is asked for in every round and task. Prompts show the label before the text.
 
 What to watch: `accuracy` on real test rows. A constant added to all logits shifts `energy`, but no
-probability: compare it within a round. `asked`: texts written per kept sample. `modes`: topics.
+probability: compare it within a round. `asked`: texts per kept sample. `modes`: topics (10+ texts).
 
     python gold.py                              task reviews, with Eqs. 1 to 5
     python gold.py --no-ood                     Eq. 1 alone, without feedback
@@ -70,7 +70,7 @@ class Config(common.Settings):
     feedback: int = 2                # the largest number of samples fed back in a round
     temperature: float = 0.6         # of the LLM's samples; low: rare topics get lost
     top_k: int = 10                  # the LLM samples among its k likeliest tokens; 0: all
-    top_p: float = 0.9               # and among the fewest likeliest that reach this sum; 1: all
+    top_p: float = 0.9               # and among the top ones that sum to this probability; 1: all
     retrain: int = 12                # rounds between trainings of the scorer; paper's code: 25
     passes: int = 3                  # epochs of scorer training; paper's code: 1
     scorer_lr: float = 2e-3          # constant rate of the scorer; for pretrained models 5e-5
@@ -218,7 +218,7 @@ def build_prompt(task, wording, shots, given, opening="plain"):
 
 def parse_sample(text, template, stop):
     """An LLM's text -> {slot: text}, by the words between slots; {} if they do not fit."""
-    text = " " + text.strip()  # so a stop string such as " plain" is also found at the start
+    text = " " + text.strip()  # a stop string that begins with a space is found at the start, too
     for word in stop:
         text = text.split(word)[0]
     pieces, pattern = SLOT.split(template), ""
@@ -239,7 +239,7 @@ def value_of(equation):
             return OPERATIONS[type(node.op)](walk(node.left), walk(node.right))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return -walk(node.operand)
-        return float(node.value if type(node.value) in (int, float) else "no number")  # ValueError
+        return float(node.value if type(node.value) in (int, float) else "")  # "" raises ValueError
 
     text = re.sub(r"^\s*[a-zA-Z]\s*=|=.*", "", equation[:200])  # "x = 2 + 3", "2 + 3 = 5": 2 + 3
     try:
@@ -500,7 +500,7 @@ def train_student(student, optimizer, examples, evaluate, start, cfg, run):
         for batch in micro:
             with common.precision(cfg, run.device):
                 hidden = common.response_states(student, batch)                           # (R,H)
-            # the logits of all R rows need too much memory; in_chunks joins the gradients
+            # the logits of all R rows need too much memory; in_chunks collects the gradients
             for rows, part in common.in_chunks(hidden, student):
                 logits = common.logits_of(student, part)                                  # (r,V)
                 loss, ce = loss_of(logits, batch.targets[rows], cfg.ce_weight,
@@ -540,7 +540,7 @@ def train(cfg) -> dict:
     names = common.SPLITS | {task["train"]: "train", task["test"]: "test"}
     splits = {split: [read_sample(row, where, task) for where, row in rows]
               for split, rows in common.find_rows(cfg.data, names).items()}
-    splits = common.hold_out(splits, replace(cfg, steps=1))  # 3 splits, even at --steps 0
+    splits = common.hold_out(splits, replace(cfg, steps=1))  # steps=1: it then makes all 3 splits
     student, teacher = common.load_pair(cfg, run.device, same_tokens=False)
     common.check_context(student, "student", cfg)
     scorer = copy.deepcopy(student)
@@ -565,7 +565,7 @@ def train(cfg) -> dict:
     def evaluate(examples=valid):
         return task_metrics(task, answers_of(examples), [e.row for e in examples])
 
-    before = evaluate(test)  # before run.start: --resume loads a trained one
+    before = evaluate(test)  # before run.start, which may load trained weights
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     data = [[row["prompt"], row["references"]] for part in splits.values() for row in part]

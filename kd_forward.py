@@ -19,7 +19,7 @@ Points 1 and 2 differ from the papers; point 3 lists choices that are easy to ov
  2. The mean runs over all response tokens of a step at once, so long responses weigh more.
  3. Only responses have a loss. CE does not divide the logits by tau; Hinton et al. do the same.
 
-What to watch: `kl_pq`, the KL(p||q) of whole responses to validation prompts, should fall. The
+What to watch: `kl_pq`, KL(p||q) summed over a response to a validation prompt, should fall. The
 training loss, a mean over tokens, can mislead: with --alpha 0 it falls while kl_pq rises, because
 the student memorises the given responses.
 
@@ -46,7 +46,7 @@ class Config(common.Settings):
     alpha: float = 1.0               # weight of the KL; CE gets 1 - alpha; try .5 on human text
     tau: float = 1.0                 # temperature of both softmaxes; above 1 lifts rare tokens
     responses: Literal["data", "teacher"] = "data"  # the given ones, or the teacher's own
-    cache: bool = False              # keep the teacher's hidden states: it runs in epoch 1 only
+    cache: bool = False              # keep teacher states, so the teacher runs in epoch 1 only
 
 
 # --- The method -----------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def train(cfg) -> dict:
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
     columns = {"teacher": evaluate_test(teacher)} if teacher else {}
-    columns["before"] = evaluate_test(student)  # before run.start: --resume loads a trained one
+    columns["before"] = evaluate_test(student)  # before run.start, which may load trained weights
 
     # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
@@ -130,7 +130,7 @@ def train(cfg) -> dict:
                     teacher_hidden = cached_states(teacher, batch, kept)                # (R,H)
                 elif cfg.alpha > 0:  # the frozen teacher builds no graph
                     teacher_hidden = common.response_states(teacher, batch.for_teacher)
-            # the logits of all R rows need too much memory; in_chunks joins the gradients
+            # the logits of all R rows need too much memory; in_chunks collects the gradients
             for rows, part in common.in_chunks(student_hidden, student):
                 student_logits = common.logits_of(student, part)                        # (r,V)
                 teacher_logits = None

@@ -5,7 +5,7 @@ LREC-COLING 2024, arxiv.org/abs/2409.12500; code: https://github.com/MANGA-UOFA/
 
 For a prompt x the student q samples a response a_1 .. a_n, with its end-of-sequence token (EOS).
 Token a_t is an action in the state s_t = (x, a_1 .. a_{t-1}). The logits f(s,a) of the teacher p,
-centred, are values Q. Bellman: Q(s_t,a_t) = r_t + V(s_{t+1}), which gives r_t. We number equations.
+centred, are values Q. Bellman: Q(s_t,a_t) = r_t + V(s_{t+1}), which gives r_t. Our own numbering:
 
     Q(s,a) = f(s,a) - mean_a' f(s,a')                               centred logits            (1)
     r_t    = Q(s_t,a_t) - V(s_{t+1});  V(s) = max_a Q(s,a), V(s_{n+1}) = 0    reward          (2)
@@ -18,16 +18,16 @@ centred, are values Q. Bellman: Q(s_t,a_t) = r_t + V(s_{t+1}), which gives r_t. 
     sampler, w = ratio, W = weights. --value: V is max, mean under p or logsumexp of Q.
 
 The advantage A_t = log p(a_t|s_t) - max_a log p(a|s_t) is never above 0. With V = max, r_1 + .. +
-r_n is V(s_1) + sum_t A_t. So q goes to the teacher's greedy response, or the next best it can say.
+r_n is V(s_1) + sum_t A_t. So q learns the teacher's greedy response, or the best that q can write.
 
-What differs from the released code. (Its settings are not given; we read the paper's abstract.)
+What differs from the released code (it names no settings, and we read only the paper's abstract):
  1. Responses without EOS are kept, with V = 0 after their last token. The release drops them.
  2. L is divided by the number of responses, which is fixed; the release divides by that of tokens.
  3. Defaults: temperature 1, all tokens, b = q (--sync 1). The release: top-k tokens, b an older q.
  4. The release also clips W, scales G and adds an entropy to L: tests/controls/llmr_release.py.
 
-What to watch: `advantage`, summed over a response, is the objective and rises to 0. `nll` (-log q)
-falls when q drops some right responses; `wording_distance` then rises. The loss tells nothing.
+What to watch: `advantage`, summed over a response, is the objective and rises to 0. `nll` (-log q
+of q's samples) falls if q keeps few of the right responses; `wording_distance` rises. Ignore loss.
 
     python llmr.py                       start from student-kl, a student after long KD
     python llmr.py --value lse           G_1 is V(s_1) + log p(a_1 .. a_n|x): short responses win
@@ -125,7 +125,7 @@ def train(cfg) -> dict:
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
     columns = {"teacher": evaluate_test(teacher)}
-    columns["before"] = evaluate_test(student)  # before run.start: --resume loads a trained one
+    columns["before"] = evaluate_test(student)  # before run.start, which may load trained weights
 
     # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
@@ -180,7 +180,7 @@ def train(cfg) -> dict:
                 student_hidden = common.response_states(student, batch)                  # (R,H)
                 if cfg.sync > 1:
                     stale = common.row_values(common.log_likelihood, sampler, batch)[:, 0]
-            # the logits of all R rows need too much memory; in_chunks joins the gradients
+            # the logits of all R rows need too much memory; in_chunks collects the gradients
             for rows, part in common.in_chunks(student_hidden, student):
                 logits = common.logits_of(student, part)                        # (r,vocabulary)
                 logprobs = common.log_softmax_at(logits, batch.targets[rows])            # (r,)

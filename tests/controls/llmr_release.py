@@ -128,7 +128,7 @@ def train(cfg) -> dict:
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
     columns = {"teacher": evaluate_test(teacher)}
-    columns["before"] = evaluate_test(student)  # before run.start: --resume loads a trained one
+    columns["before"] = evaluate_test(student)  # before run.start, which may load trained weights
 
     # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
@@ -190,7 +190,7 @@ def train(cfg) -> dict:
                     stale = common.row_values(
                         lambda logits, _, a: (sampler_logprobs(logits, a, cfg.top_k),),
                         sampler, batch)[:, 0]                                            # (R,)
-            # the logits of all R rows need too much memory; in_chunks joins the gradients
+            # the logits of all R rows need too much memory; in_chunks collects the gradients
             for rows, part in common.in_chunks(student_hidden, student):
                 logits = common.logits_of(student, part)                                 # (r,V)
                 logprobs = common.log_softmax_at(logits, batch.targets[rows])            # (r,)

@@ -63,7 +63,7 @@ def train(cfg) -> dict:
     evaluate = common.Evaluator(cfg, teacher, data.valid)
     evaluate_test = common.Evaluator(cfg, teacher, data.test)
     columns = {"teacher": evaluate_test(teacher)}
-    columns["before"] = evaluate_test(student)  # before run.start: --resume loads a trained one
+    columns["before"] = evaluate_test(student)  # before run.start, which may load trained weights
 
     # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
@@ -86,7 +86,7 @@ def train(cfg) -> dict:
         for batch in micro:
             with common.precision(cfg, run.device):
                 student_hidden = common.response_states(student, batch)                 # (R,H)
-            # the logits of all R rows need too much memory; in_chunks joins the gradients
+            # the logits of all R rows need too much memory; in_chunks collects the gradients
             for rows, part in common.in_chunks(student_hidden, student):
                 student_logits = common.logits_of(student, part)                        # (r,V)
                 loss = loss_of(student_logits, batch.targets[rows])
