@@ -30,7 +30,7 @@ What to watch: `gap_<domain>` falls towards 1, and `share_<domain>` follows it. 
 
     python ddk.py                            DDK on six small domains
     python ddk.py --mix uniform              every domain equally often; natural: by size, plain KD
-    python ddk.py --mix no-smoothing         r = softmax(gap) after interval 0, unlike --smoothing 1
+    python ddk.py --mix no-smoothing         r = softmax(gap); --smoothing 1 multiplies by the old r
     python ddk.py --mix code=.4,prose=.3,log=.1,json=.1,csv=.05,noise=.05      a fixed mixture
     python ddk.py --teacher Qwen/Qwen1.5-14B --student Qwen/Qwen1.5-1.8B --data corpus \
         --max-tokens 2048 --lr 3e-5 --steps 30000 --batch-size 256 --accum 64 --interval 1000

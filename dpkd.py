@@ -15,9 +15,9 @@ Bradley and Terry's model Pr(y^p beats y^q) is sigmoid(r(x,y^p) - r(x,y^q)), so 
     --length-norm: log_ratio(y) is divided by the number of tokens of y            Eq. 9
     total        = cfg.preference L + cfg.anchor CE(y^p) + cfg.lm_coef CE(corpus)
 
-The paper does not say when y^q is drawn. Fresh y^q (--refresh 1) have E[grad log q(y^q|x)] = 0. At
-small beta grad L is -1/2 grad margin, in the mean beta/2 grad KL(p||q): SeqKD (CE on y^p) with more
-variance. Frozen y^q (--refresh 0): the margin grows, and q may lose even the right responses.
+The paper does not say when y^q is drawn. Fresh y^q (--refresh 1) cancel in the mean, because
+E[grad log q(y^q|x)] = 0. So at small beta E[grad L] = -1/2 E[grad margin] = beta/2 grad KL(p||q):
+SeqKD, more variance. Frozen y^q (--refresh 0): the margin grows, q may lose even right responses.
 
 What differs from the paper:
  1. --length-norm is off: with it Z(x) does not cancel, so Eq. 9 does not follow from r(x,y) above.
@@ -72,8 +72,8 @@ def preference_loss(logq_teacher, logp_teacher, logq_student, logp_student, n_te
 
 
 def response_logprobs(model, batch):
-    """(B,) log q(y|x) of whole responses, with EOS; differentiable. L needs the sum of all chunks
-    before backward(). So above 256 MB no logits are kept: backward() computes them again."""
+    """(B,) log q(y|x) of whole responses, with EOS; differentiable. L needs all chunks at once, so
+    the logits of all would stay in memory; above 256 MB backward() computes them again instead."""
     def logprobs_of(part, targets):
         return common.log_softmax_at(common.logits_of(model, part), targets)     # (r,)
 

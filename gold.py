@@ -15,8 +15,8 @@ the highest, energy. Each even round t shows F_{t-1} to the LLM. All X_t and V_t
     F_t = V_t sorted by rising energy, of it the slice [floor(.5 b) : floor(.8 b)]              (4)
 
 The scorer f (f_v: its logit of token v) is a copy of the student, trained every few rounds. At the
-end a fresh student q learns the label y from the text x. An unlikely label is often wrong, so the
-loss, the symmetric CE, has a small gradient for such a label:
+end a fresh student q learns the label y from the text x. A label that q finds unlikely is often
+wrong (the LLM's mistake), so the loss, the symmetric CE, has a small gradient for it:
 
     L = mean over response tokens, whose probability is q_y, of
         ce_weight (-log q_y) + reverse_ce_weight (-log 1e-4) (1 - q_y)      see sce_loss        (5)
@@ -30,8 +30,8 @@ What differs from the paper (we know its abstract and the released code, which d
  3. A sample that does not parse, or has the text of a validation or test row, is written anew.
  4. V_t is asked for in every round and task. Prompts show the label before the text.
 
-What to watch: `accuracy` on real test rows. A constant added to all logits shifts `energy`, but no
-probability: compare it within a round. `asked`: texts per kept sample. `modes`: topics (10+ texts).
+What to watch: `accuracy` on real test rows. Compare energies only within a round (samples.jsonl): a
+constant on all logits shifts them. `asked`: texts per kept sample. `modes`: topics (10+ texts).
 
     python gold.py                              task reviews, with Eqs. 1 to 5
     python gold.py --no-ood                     Eq. 1 alone, without feedback
@@ -271,8 +271,8 @@ def score(task, text, row):
 
 
 def task_metrics(task, texts, rows):
-    """accuracy, or rouge_l: the mean score of the answers. If rows have topics, also with all
-    topics weighted equally (uniform) and on rare ones only (tail)."""
+    """accuracy, or rouge_l: mean score, weighted by topic frequency if rows have topics (as many
+    rows for each); then also unweighted (uniform) and on rare topics only (tail)."""
     scores = np.array([score(task, text, row) for text, row in zip(texts, rows)])
     weights = np.array([row.get("weight", 1.0) for row in rows])
     name = "rouge_l" if task["metric"] == "rouge_l" else "accuracy"

@@ -17,8 +17,8 @@ centred, are values Q. Bellman: Q(s_t,a_t) = r_t + V(s_{t+1}), which gives r_t. 
     In the code: f = teacher_logits, Q = action_value, V = state_value, r = reward, G = returns, b =
     sampler, w = ratio, W = weights. --value: V is max, mean under p or logsumexp of Q.
 
-The advantage A_t = log p(a_t|s_t) - max_a log p(a|s_t) is never above 0. With V = max, r_1 + .. +
-r_n is V(s_1) + sum_t A_t. So q learns the teacher's greedy response, or the best that q can write.
+The advantage A_t = log p(a_t|s_t) - max_a log p(a|s_t) is 0 for p's likeliest token, else below 0.
+V = max: G_1 = V(s_1) + sum_t A_t. q learns p's greedy response or, if it cannot, one of high G_1.
 
 What differs from the released code (it names no settings, and we read only the paper's abstract):
  1. Responses without EOS are kept, with V = 0 after their last token. The release drops them.
@@ -27,10 +27,10 @@ What differs from the released code (it names no settings, and we read only the 
  4. The release also clips W, scales G and adds an entropy to L: tests/controls/llmr_release.py.
 
 What to watch: `advantage`, summed over a response, is the objective and rises to 0. `nll` (-log q
-of q's samples) falls if q keeps few of the right responses; `wording_distance` rises. Ignore loss.
+of q's samples) falls if q drops right responses; then `wording_distance` rises. Ignore `loss`.
 
     python llmr.py                       start from student-kl, a student after long KD
-    python llmr.py --value lse           G_1 is V(s_1) + log p(a_1 .. a_n|x): short responses win
+    python llmr.py --value lse           G_1 = V(s_1) + sum log p: each token lowers it, short wins
     python llmr.py --baseline value      the weight is the sum of the advantages from t on
     python llmr.py --sync 50             a stale sampler and its importance ratio
     python llmr.py --teacher Qwen/Qwen2.5-1.5B --student my-kl-student --data my.jsonl \
@@ -87,7 +87,7 @@ def returns_to_go(reward):
 
 
 def mean_of_others(returns, lengths, total, count):
-    """The mean return over the tokens of all *other* responses; a response's own would add a bias.
+    """The mean return over the tokens of all *other* responses; including its own would add a bias.
     returns (B,N), lengths (B,), sum and number of all returns of the step -> (B,1)."""
     own = returns.sum(-1, keepdim=True)
     return (total - own) / (count - lengths[:, None]).clamp(min=1)
