@@ -31,8 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSV, PAGE, OUT = ROOT / "assets/results.csv", ROOT / "assets/results.md", Path("out/results")
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # of Student's t, by the number of seeds
 CURVED = {"sft", "kd", "seqkd", "kd-teacher", "dpkd-fresh", "dpkd-frozen", "ddk"}
-CURVES = {"kl_pq", "right", "wording_distance", "worst_gap", "fresh_margin", "margin", "same",
-          "preference"}
+CURVES = {"kl_pq", "right", "wording_distance", "worst_gap", "fresh_margin", "margin"}
 
 # --- The rows -------------------------------------------------------------------------------------
 KD, DPKD, LLMR, GOLD, DDK = (f"{name}.py" for name in ("kd_forward", "dpkd", "llmr", "gold", "ddk"))
