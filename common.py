@@ -39,12 +39,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm  # comes with transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers.cache_utils import (
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
     EncoderDecoderCache,
 )
 
@@ -59,10 +61,6 @@ HERE = Path(__file__).resolve().parent
 # --- Errors ---------------------------------------------------------------------------------------
 class BadInput(Exception):
     """What the user can mend. The text is one sentence: what is wrong, where, and what to do."""
-
-
-class RunFailed(Exception):
-    """The run cannot go on. The text says from which checkpoint it can be resumed."""
 
 
 @contextlib.contextmanager
@@ -180,7 +178,7 @@ def main(train, config_class):
         return 0
     except torch.OutOfMemoryError:
         status, reason = 1, "out of memory: raise --accum or give --recompute; --resume goes on"
-    except (BadInput, RunFailed, OSError) as e:
+    except (BadInput, OSError) as e:
         status, reason = 2 if isinstance(e, BadInput) else 1, e
     except KeyboardInterrupt:
         status, reason = 130, "stopped outside of training: --resume goes on from a checkpoint"
@@ -280,15 +278,11 @@ def from_process_0(make):
 
 def reduce_gradients(model, *sums):
     """Add up the gradients of all processes, and in place the tensors `sums` for the log."""
-    if processes()[1] == 1:
-        return
-    tensors = [p.grad for p in model.parameters() if p.grad is not None] + list(sums)
-    for dtype in {t.dtype for t in tensors}:
-        same = [t for t in tensors if t.dtype == dtype]
-        flat = torch.cat([t.flatten() for t in same])  # one message, not one for each parameter
+    if processes()[1] > 1:
+        tensors = [p.grad for p in model.parameters() if p.grad is not None] + list(sums)
+        flat = parameters_to_vector(tensors)  # one message, not one for each parameter
         dist.all_reduce(flat)
-        for t, reduced in zip(same, flat.split([t.numel() for t in same])):
-            t.copy_(reduced.view_as(t))
+        vector_to_parameters(flat, tensors)
 
 
 def sample_seed(seed, step):
@@ -319,8 +313,6 @@ class Run:
                 if k not in FREE and saved.get(k) != new:
                     raise BadInput(f"--resume {cfg.resume}: {k} was {saved.get(k)} and is {new} "
                                    "now, which changes the result: start a new run")
-            if (self.dir / "result.json").exists():
-                raise BadInput(f"--resume {cfg.resume}: this run is finished, see its result.json")
         elif any((self.dir / name).exists() for name in ("settings.json", "student")):
             raise BadInput(f"--out {cfg.out} holds a run or a model: choose another directory, or "
                            "go on with --resume")
@@ -383,7 +375,7 @@ class Run:
         return self.seconds + time.time() - self.t0
 
     def log(self, step, **values):
-        """A line to log.jsonl and one to the screen. RunFailed if the loss is not finite."""
+        """A line to log.jsonl and one to the screen. BadInput if the loss is not finite."""
         if not math.isfinite(values.get("loss", 0.0)):
             self.fail(step, f"the loss is {values['loss']}")
         shown = [f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
@@ -424,7 +416,7 @@ class Run:
     def fail(self, step, what):
         file = self.dir / "checkpoint.pt"
         there = f"the last good checkpoint is {file}" if file.exists() else "there is no checkpoint"
-        raise RunFailed(f"{what} at step {step}: start anew with a lower --lr; {there}")
+        raise BadInput(f"{what} at step {step}: start anew with a lower --lr; {there}")
 
     def save(self, step, **parts):
         """Write checkpoint.pt. A weight that is not finite is never saved."""
@@ -562,33 +554,30 @@ def set_eos(model, name):
 
 @torch.no_grad()
 def check_model(model, name):
-    """BadInput where logits are not head(states), or the cache is not one of keys and values."""
-    config = decoder_config(model)
+    """BadInput where our logits are not those of the model, or sampling could not cache it."""
+    config, kind = decoder_config(model), type(model).__name__
     for k in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, k, None) not in (None, 0, 1):
-            raise BadInput(f"{name}: {type(model).__name__} changes its logits after the output "
-                           f"head ({k}), and the losses here do not: choose another model")
-    pairs = [([3, 4, 5, 6], [4, 3, 5]), ([4], [5, 3])]
-    batch = collate([Example(x, x, y) for x, y in pairs], model).to(model.device)
+            raise BadInput(f"{name}: {kind} changes its logits after the output head ({k}), and "
+                           "the losses here do not: choose another model")
+    prompt, response = [3, 4, 5, 6], [4, 3, 5]
+    examples = [Example(prompt, prompt, response), Example(prompt, prompt, response + prompt)]
     ids = lambda tokens: torch.tensor([tokens], device=model.device)
-    with blaming(f"{name}: {type(model).__name__} is not built like GPT-2, Llama, Qwen or T5"):
-        ours, theirs = logits_of(model, response_states(model, batch)), []
-        for x, y in pairs:  # one by one, so without padding
-            if is_encdec(model):
-                start = [model.config.decoder_start_token_id]
-                out = model(input_ids=ids(x), decoder_input_ids=ids(start + y), use_cache=False)
-            else:
-                cache = DynamicCache(config=config)
-                out = model(input_ids=ids(x + y), past_key_values=cache, use_cache=True)
-                kinds = {type(layer) for layer in cache.layers}
-                plain = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
-                if not plain or cache.get_seq_length() != len(x + y):
-                    raise ValueError("it keeps no cache of keys and values, as sampling needs")
-            theirs.append(out.logits[0, -1 - len(y):-1].float())
-    theirs = torch.cat(theirs)
+    with blaming(f"{name}: {kind} is not built like GPT-2, Llama, Qwen or T5"):
+        layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+        if model._is_stateful or not layers <= {"DynamicLayer", "DynamicSlidingWindowLayer"}:
+            raise ValueError("it has no cache of keys and values alone, as sampling needs")
+        batch = collate(examples, model).to(model.device)
+        ours = logits_of(model, response_states(model, batch))[:len(response)]
+        if is_encdec(model):
+            start = [model.config.decoder_start_token_id]
+            out = model(input_ids=ids(prompt), decoder_input_ids=ids(start + response[:-1]))
+        else:
+            out = model(input_ids=ids(prompt + response[:-1]))
+    theirs = out.logits[0, -len(response):].float()
     if (ours - theirs).abs().max() > 0.02 * theirs.abs().max() + 1e-3:
-        raise BadInput(f"{name}: the logits of {type(model).__name__} are not its output head "
-                       "times its hidden states, as the losses here need: choose another model")
+        raise BadInput(f"{name}: the logits of {kind} are not its output head times its hidden "
+                       "states, as the losses here need: choose another model")
 
 
 def load_pair(cfg, device, same_tokens=True):
@@ -652,7 +641,7 @@ def no_dropout(model):
 # --- Rows of data: files, folders, saved data sets and the hub ------------------------------------
 SPLITS = {"train": "train", "train_sft": "train", "valid": "valid", "validation": "valid",
           "dev": "valid", "val": "valid", "test": "test", "test_sft": "test"}
-FORMS = (".jsonl", ".csv", ".tsv", ".json", ".parquet")
+FORMS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 SLOT = re.compile(r"\{(\w+)\}")  # a column in a template
 
 
@@ -728,23 +717,20 @@ def find_rows(source, names=SPLITS):
 def hold_out(splits, cfg):
     """Fill the splits that are missing from train, by a hash of the prompt: no prompt is in two
     splits, and they are the same for every seed. With --steps 0 a single split is all test."""
-    rows, cut, start = splits.get("train", []), 1000 * cfg.holdout, 0
+    rows = splits.get("train", [])
     if cfg.steps == 0:
         test = splits.get("test") or rows or splits.get("valid")
         if not test:
             raise BadInput(f"--data {cfg.data}: it holds no rows")
         return {"train": [], "valid": [], "test": test}
-    draw = [zlib.crc32(str(row["prompt"]).encode()) % 1000 for row in rows]
+    prompts = sorted({str(row["prompt"]) for row in rows}, key=lambda p: zlib.crc32(p.encode()))
+    n = math.ceil(cfg.holdout * len(prompts))
     for split in ("test", "valid"):
         if split not in splits:
-            splits[split] = [r for r, x in zip(rows, draw) if start <= x < start + cut]
-            start += cut
-    splits["train"] = [r for r, x in zip(rows, draw) if x >= start]
-    for split in ("test", "valid"):  # of few rows at least one for each
-        if not splits[split] and cfg.holdout > 0 and len(splits["train"]) > 1:
-            last, rest = splits["train"][-1]["prompt"], splits["train"]
-            splits[split] = [r for r in rest if r["prompt"] == last]
-            splits["train"] = [r for r in rest if r["prompt"] != last]
+            held, prompts = set(prompts[:n]), prompts[n:]
+            splits[split] = [r for r in rows if str(r["prompt"]) in held]
+    rest = set(prompts)
+    splits["train"] = [r for r in rows if str(r["prompt"]) in rest]
     for split in ("train", "valid", "test"):
         if not splits[split]:
             raise BadInput(f"--data {cfg.data}: of {len(rows)} training rows none is left for "
@@ -839,12 +825,12 @@ class Example:
         return self.teacher_prompt if model.role == "teacher" else self.prompt
 
 
-def tokenize(tokenizer, texts):
-    """Texts of users -> lists of token ids. The text of a special token is read as plain text."""
+def tokenize(tokenizer, texts, plain=True):
+    """Texts -> lists of token ids. With `plain` the text of a special token is plain text."""
     ids = []
     for i in tqdm(range(0, len(texts), 1000), "tokenize", delay=3, disable=None):
         ids += tokenizer(texts[i:i + 1000], add_special_tokens=False,
-                         split_special_tokens=True).input_ids
+                         split_special_tokens=plain).input_ids
     return ids
 
 
@@ -855,59 +841,50 @@ def around(tokenizer):
     return whole[:at], whole[at + len(bare):]
 
 
-def prompt_parts(row, template, model):
-    """A prompt -> [words of the template, words of the user, words of the template, ...]."""
+def special_tokens(tokenizer):
+    """A pattern that finds the texts of special tokens."""
+    return re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+
+
+def prompt_text(row, template, model, plain):
+    """What a model reads of a row: its chat template around the prompt, or a template of columns.
+    `plain` makes special tokens in the user's words harmless."""
     tokenizer, prompt = model.tokenizer, row["prompt"]
     if template != "auto":
-        parts = SLOT.split(template.replace("\\n", "\n"))
-        parts[1::2] = [text_in(row["columns"], column, row["where"]) for column in parts[1::2]]
-        return parts
-    if not tokenizer.chat_template:
-        if isinstance(prompt, list):
-            raise ValueError("rows with messages need a chat template, and the tokenizer has none")
-        return ["", prompt, "" if is_encdec(model) else "\n"]
-    turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    # marks stand for the contents, so that the user's words can be told from the template's
-    marked = [{**m, "content": chr(0xE000 + i)} for i, m in enumerate(turns)]
-    # some templates write the date: let it be the same tomorrow
-    template = re.sub(r"strftime_now\([^)]*\)", "'26 Jul 2024'", tokenizer.get_chat_template())
-    text = tokenizer.apply_chat_template(
-        marked, chat_template=template, tokenize=False, add_generation_prompt=True,
-        date_string="26 Jul 2024")
-    parts = re.split("([\ue000-\uf8ff])", text)
-    if parts[1::2] != [m["content"] for m in marked]:
-        raise ValueError("it drops, repeats or reorders messages")
-    parts[1::2] = [m["content"] for m in turns]
-    return parts
+        fill = lambda slot: plain(text_in(row["columns"], slot[1], row["where"]))
+        return SLOT.sub(fill, template.replace("\\n", "\n"))
+    if tokenizer.chat_template:
+        turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        # some templates write the date: let it be the same tomorrow
+        template = re.sub(r"strftime_now\([^)]*\)", "'26 Jul 2024'", tokenizer.get_chat_template())
+        return tokenizer.apply_chat_template(
+            [{**m, "content": plain(m["content"])} for m in turns], chat_template=template,
+            tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
+    if isinstance(prompt, list):
+        raise ValueError("rows with messages need a chat template, and the tokenizer has none")
+    return plain(prompt) + ("" if is_encdec(model) else "\n")
 
 
 def encode_prompts(rows, template, model, max_prompt):
-    """The token ids of each prompt. Special tokens are recognised in the template's words only. Too
-    long a prompt loses the beginning of what the user wrote. Rows say which were cut."""
-    tokenizer = model.tokenizer
+    """The token ids of each prompt. A special token is recognised in the template's words; one in
+    the user's words gets a blank, < |im_end|>, and is plain text. Too long a prompt loses its
+    beginning, but not BOS; row["cut"] says so."""
+    tokenizer, prompts = model.tokenizer, []
+    special = special_tokens(tokenizer)
+    plain = lambda text: special.sub(lambda m: f"{m[0][:1]} {m[0][1:]}", text)
     with blaming(f"template {template!r} for {tokenizer.name_or_path}"):
-        parts = [prompt_parts(row, template, model) for row in rows]
-        users = iter(tokenize(tokenizer, [text for p in parts for text in p[1::2]]))
-    words = {text: tokenizer(text, add_special_tokens=False).input_ids if text else []
-             for text in {text for p in parts for text in p[::2]}}
-    special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+        texts = tokenize(tokenizer, [prompt_text(row, template, model, plain) for row in rows],
+                         plain=False)
     before, behind = around(tokenizer)
     if template == "auto" and tokenizer.chat_template:  # it writes these tokens itself
         before, behind = [], []
-    behind = behind if is_encdec(model) else []
-    prompts = []
-    for row, p in zip(rows, parts):
-        ids = [next(users) if i % 2 else words[text] for i, text in enumerate(p)]
-        excess = sum(map(len, ids)) + len(before) + len(behind) - max_prompt
-        row["cut"], row["special"] = excess > 0, bool(special.search(" ".join(p[1::2])))
-        for i in range(1, len(ids), 2):
-            cut = max(0, min(excess, len(ids[i])))
-            ids[i], excess = ids[i][cut:], excess - cut
-        if excess > 0:
-            raise BadInput(f"--max-prompt {max_prompt}: the template alone has "
-                           f"{max_prompt + excess} tokens")
-        prompt = before + [t for part in ids for t in part] + behind
-        prompts.append(prompt or [tokenizer.eos_token_id])  # something must come first
+    for row, ids in zip(rows, texts):
+        ids = before + ids + (behind if is_encdec(model) else [])
+        bos = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+        row["cut"] = len(ids) > max_prompt
+        if row["cut"]:
+            ids = bos + ids[len(ids) - max_prompt + len(bos):]
+        prompts.append(ids or [tokenizer.eos_token_id])  # something must come first
     return prompts
 
 
@@ -927,8 +904,8 @@ def encode(rows, student, teacher, cfg):
 
 def load_data(cfg, rows, student, teacher):
     """The rows of load_rows -> SimpleNamespace(train, valid, test: Examples, hash)."""
-    check_context(student, "student", cfg)
-    check_context(teacher, "teacher", cfg)
+    for model in filter(None, (student, teacher)):
+        check_context(model, cfg)
     if teacher and not cfg.teacher_template and cfg.template == "auto":
         if student.tokenizer.chat_template != teacher.tokenizer.chat_template:
             print("teacher and student have different chat templates, and both read the student's; "
@@ -937,8 +914,9 @@ def load_data(cfg, rows, student, teacher):
         **{split: encode(part, student, teacher, cfg) for split, part in rows.items()})
     examples = data.train + data.valid + data.test
     check_tokens(examples, student, teacher)
-    if n := sum(e.row["special"] for e in examples):
-        print(f"{n} prompts contain the text of a special token, which is read as plain text")
+    special = special_tokens(student.tokenizer)
+    if n := sum(bool(special.search(str(e.row["columns"]))) for e in examples):
+        print(f"{n} rows hold the text of a special token, which is read as plain text")
     n_cut = sum(e.response[-1] != student.tokenizer.eos_token_id for e in examples if e.response)
     print(f"data: {len(data.train)} training prompts, "
           f"{sum(bool(e.response) for e in data.train)} with a response; {len(data.valid)} "
@@ -978,12 +956,12 @@ def check_tokens(examples, student, teacher):
                            f"{a!r} for the student and {b!r} for the teacher: choose another pair")
 
 
-def check_context(model, role, cfg):
+def check_context(model, cfg):
     """BadInput where prompts and responses may be longer than what a model can read."""
-    context, parts = model and context_of(model), (cfg.max_prompt, cfg.max_response)
+    context, parts = context_of(model), (cfg.max_prompt, cfg.max_response)
     if context and (max if is_encdec(model) else sum)(parts) > context:
         raise BadInput(f"--max-prompt {parts[0]} and --max-response {parts[1]} do not fit the "
-                       f"{role}'s context of {context} tokens: lower them")
+                       f"{model.role}'s context of {context} tokens: lower them")
 
 
 def context_of(model):
@@ -1216,12 +1194,12 @@ def row_values(function, model, batch, teacher=None, teacher_batch=None):
 # --- Sampling -------------------------------------------------------------------------------------
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # its shapes change with every token
-def sample(model, prompts, max_new, temperature=1.0, top_k=0, top_p=1.0, seed=0, batch_size=256):
+def sample(model, prompts, max_new, temperature=1.0, warpers=(), seed=0, batch_size=256):
     """Prompts (lists of token ids) -> responses (lists of token ids).
 
     By default they come from the very distribution that is scored: temperature 1, no truncation,
-    no dropout. Temperature 0 is greedy. A response ends with its first EOS, or after max_new tokens
-    without one.
+    no dropout. Temperature 0 is greedy. `warpers` are transformers' own, such as TopKLogitsWarper.
+    A response ends with its first EOS, or after max_new tokens without one.
     """
     was_training = model.training
     model.eval()
@@ -1234,7 +1212,7 @@ def sample(model, prompts, max_new, temperature=1.0, top_k=0, top_p=1.0, seed=0,
     batch_size = max(1, min(batch_size, 2**34 // size))
     for i in range(0, len(order), batch_size):
         ids = order[i:i + batch_size]
-        rows = sample_batch(model, [prompts[j] for j in ids], max_new, temperature, top_k, top_p,
+        rows = sample_batch(model, [prompts[j] for j in ids], max_new, temperature, warpers,
                             generator)
         for j, row in zip(ids, rows):
             out[j] = row
@@ -1242,7 +1220,7 @@ def sample(model, prompts, max_new, temperature=1.0, top_k=0, top_p=1.0, seed=0,
     return out
 
 
-def sample_batch(model, prompts, max_new, temperature, top_k, top_p, generator):
+def sample_batch(model, prompts, max_new, temperature, warpers, generator):
     """One batch of `sample`. Rows that have ended leave it, so the others go faster."""
     device, encdec = model.device, model.config.is_encoder_decoder
     eos, config = model.tokenizer.eos_token_id, decoder_config(model)
@@ -1271,7 +1249,9 @@ def sample_batch(model, prompts, max_new, temperature, top_k, top_p, generator):
                 past_key_values=cache, use_cache=True)[0]
         logits = logits_of(model, for_head(model, hidden[:, -1]))                    # (B,V)
         if temperature > 0:
-            logits = truncated(logits / temperature, top_k, top_p)
+            logits = logits / temperature
+            for warp in warpers:
+                logits = warp(None, logits)
             logits = logits + gumbel(logits, generator)  # the argmax is then an exact draw
         token = logits.argmax(-1)                                                    # (B,)
         for row, one in zip(alive, token.tolist()):
@@ -1290,20 +1270,6 @@ def sample_batch(model, prompts, max_new, temperature, top_k, top_p, generator):
             position_ids = lengths[:, None] + t
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
     return out
-
-
-def truncated(logits, top_k, top_p):
-    """(B,V) -> (B,V): -inf outside the k likeliest tokens, and outside the fewest with the share
-    top_p."""
-    if top_k:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p < 1:
-        ordered, at_token = logits.sort(-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # share of likelier ones
-        kept = ordered.masked_fill(before >= top_p, -math.inf)
-        logits = logits.scatter(-1, at_token, kept)
-    return logits
 
 
 def gumbel(like, generator):
@@ -1369,14 +1335,14 @@ def rouge_l(candidate, references):
     """ROUGE-L F1 in 0..1 (Lin 2004) of words in any script, the best over the references."""
     a, best = re.findall(r"\w+", candidate.lower()), 0.0
     for reference in references:
-        b, where, row = re.findall(r"\w+", reference.lower()), {}, 0
-        for i, word in enumerate(a):
-            where[word] = where.get(word, 0) | 1 << i
-        for word in b:  # longest common subsequence, a bit for each word (Crochemore et al. 2001)
-            x = row | where.get(word, 0)
-            row = x & ~(x - ((row << 1) | 1))
-        common = bin(row).count("1")
-        best = max(best, 2 * common / (len(a) + len(b)) if common else 0.0)
+        b = re.findall(r"\w+", reference.lower())
+        common = [0] * (len(b) + 1)  # of a so far and each beginning of b, see below
+        for word in a:
+            last = common  # longest common subsequence by dynamic programming
+            common = [0]
+            for j, other in enumerate(b):
+                common.append(last[j] + 1 if word == other else max(last[j + 1], common[j]))
+        best = max(best, 2 * common[-1] / max(1, len(a) + len(b)))
     return best
 
 
@@ -1432,9 +1398,8 @@ class Evaluator:
         self.cfg, self.teacher, self.examples, self.seed = cfg, teacher, examples, seed
         self.given = self.from_teacher = [e for e in examples if e.response]
         self.generations, counts = [], {len(e.row["probs"]) for e in examples}
-        self.known = bool(counts) and 0 not in counts  # all right responses are known
-        if self.known and len(counts) > 1:
-            raise BadInput(f"--data {cfg.data}: rows with probs need equally many references")
+        # all right responses are known, and equally many of each prompt
+        self.known = len(counts) == 1 and 0 not in counts
         if teacher and cfg.kl_on == "samples":
             self.from_teacher = respond(teacher, examples, cfg, 1.0, seed)
         if teacher and self.known:
@@ -1444,7 +1409,11 @@ class Evaluator:
         cfg, tau = self.cfg, 1.0 if model is self.teacher else self.cfg.eval_temperature
         drawn = respond(model, self.examples, cfg, tau, self.seed + 1)
         greedy = respond(model, self.examples, cfg, 0.0, self.seed + 1)
-        self.write_down(model, drawn, greedy)
+        text = lambda e: model.tokenizer.decode(e.response, skip_special_tokens=True).strip()
+        self.generations = [
+            {"prompt": e.row["prompt"], "greedy": text(best), "sample": text(e),
+             "references": e.row["references"] or list(filter(None, [e.row["response"]]))}
+            for e, best in zip(drawn, greedy)]
 
         def mean(function, examples, k=0, teacher=None):
             at_tau = lambda logits, *others: function(logits / tau, *others)
@@ -1476,16 +1445,6 @@ class Evaluator:
         eos = model.tokenizer.eos_token_id
         m["no_end"] = float(np.mean([e.response[-1] != eos for e in drawn]))
         return m
-
-    def write_down(self, model, drawn, greedy):
-        """Fill `generations`."""
-        text = lambda e: model.tokenizer.decode(e.response, skip_special_tokens=True).strip()
-        self.generations = []
-        for one, best in zip(drawn, greedy):
-            row = one.row
-            references = row["references"] or ([row["response"]] if row["response"] else [])
-            self.generations.append({"prompt": row["prompt"], "greedy": text(best),
-                                     "sample": text(one), "references": references})
 
     def right_mass(self, model, tau):
         """(rows, wordings): the exact probability of every right response."""

@@ -55,6 +55,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 import common
 
@@ -349,8 +350,10 @@ class LLM:
 
         def ask():
             if key not in self.written:
+                warpers = [TopKLogitsWarper(top_k)] if top_k else []
+                warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
                 responses = common.sample(self.model, tokens, self.task["max_new"], temperature,
-                                          top_k, top_p, seed=int(named[:15], 16), batch_size=64)
+                                          warpers, seed=int(named[:15], 16), batch_size=64)
                 self.written[key] = [self.model.tokenizer.decode(r, skip_special_tokens=True)
                                      for r in responses]
                 line = json.dumps({"call": call, "key": key, "texts": self.written[key]})
@@ -542,7 +545,7 @@ def train(cfg) -> dict:
               for split, rows in common.find_rows(cfg.data, names).items()}
     splits = common.hold_out(splits, replace(cfg, steps=1))  # steps=1: it then makes all 3 splits
     student, teacher = common.load_pair(cfg, run.device, same_tokens=False)
-    common.check_context(student, "student", cfg)
+    common.check_context(student, cfg)
     scorer = copy.deepcopy(student)
     valid, test = (common.encode(common.spread(splits[split], most), student, None, cfg)
                    for split, most in (("valid", min(200, cfg.eval_rows)), ("test", cfg.eval_rows)))

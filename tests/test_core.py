@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import KINDS, plain_logits, small_model, small_run
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 import common
 import dpkd
@@ -311,7 +312,9 @@ def test_samples_follow_the_exact_probabilities_of_all_responses(kind, told):
     words = range(1, 5)
     ended = [(*y, 0) for k in range(3) for y in itertools.product(words, repeat=k)]
     prompts = [[3, 2, 4, 1], [2]]
-    drawn = common.sample(model, prompts * n, 3, *told, seed=7)
+    temperature, top_k, top_p = told
+    warpers = [TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)] if top_k else []
+    drawn = common.sample(model, prompts * n, 3, temperature, warpers, seed=7)
     for i, x in enumerate(prompts):
         seen = Counter(map(tuple, drawn[i::2]))
         logits_after = functools.cache(lambda y: plain_logits(model, x, [*y, 0])[-1])

@@ -91,7 +91,7 @@ def read(pair, tmp_path):
     def read(rows, teacher=None, student=None, kind="llama", **settings):
         models = teacher or pair(kind)[0], student or pair(kind)[1]
         cfg = small_run(kd_forward.Config, models, write_rows(tmp_path / "d.jsonl", rows), "",
-                        **{"max_prompt": 64, **settings})
+                        **{"max_prompt": 64, "eval_rows": 999, **settings})
         rows, models = common.load_rows(cfg), common.load_pair(cfg, CPU)
         data = common.load_data(cfg, rows, *models)
         return sorted(data.train + data.valid + data.test,
@@ -161,7 +161,7 @@ BAD = {
     # files of rows
     "no file": bad("--data no.jsonl", "--data no.jsonl", "no such file"),
     "no folder": bad("--data no/such", "--data no/such", "no file", "no data set"),
-    "another form": data("d.txt", "a", "d.txt", ".jsonl, .csv, .tsv, .json, .parquet"),
+    "another form": data("d.txt", "a", "d.txt", ".jsonl, .json, .csv, .tsv, .parquet"),
     "empty": data("d.jsonl", "\n", "d.jsonl", "none is left"),
     "two files of a split": bad("--data d", "--data d", "valid", files={
         f"d/{name}.jsonl": ROW for name in ("train", "valid", "dev")}),
@@ -184,14 +184,9 @@ BAD = {
     "no parquet": data("d.parquet", "text", "d.parquet"),
     "no response": data("d.jsonl", MANY.replace("response", "completion"),
                         "no training row has a response", "--response"),
-    "other answers known": data("d.jsonl", jsonl(
-        {"prompt": f"cat {i}", "response": "a", "references": ["cat"] * (1 + i % 2),
-         "probs": [0.5] * (1 + i % 2)} for i in range(60)), "probs", "equally many"),
     # templates
     "unknown slot": bad("--template={question}", "no column question", "prompt, response"),
     "no slot": bad("--template=Sort", "--template 'Sort'", "no column"),
-    "template too long": bad("--max-prompt 3 --template='Sort these:{prompt}'", "--max-prompt 3",
-                             "template alone"),
     "context of the teacher": bad("--max-prompt 250", "--max-prompt 250", "teacher", "256",
                                   student=values("config.json", max_position_embeddings=999)),
     "messages without a chat template": data("d.jsonl", CHATS, "messages", "chat template"),
@@ -199,8 +194,6 @@ BAD = {
     "template wants a system turn": bad("", "template", "edited-student", "system first",
                                          student=chat(
         "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}")),
-    "template drops a message": bad("", "template", "edited-student", "drops",
-                                    student=chat("{{ messages[0].role }}")),
     "several templates": bad("", "template", "edited-student", "no default",
                              student=chat({"a": CHATML, "b": CHATML})),
     # models
@@ -371,11 +364,11 @@ def test_prompts_alone_are_enough_where_the_models_respond(script, any_root, tmp
 
 # --- From rows to token ids ---------------------------------------------------------------------
 def test_a_plain_row_is_the_prompt_a_line_break_and_the_response_with_eos(read):
-    """Also where a text holds the text of EOS. A null response is none."""
+    """The text of EOS in a row is no EOS. A null response is none."""
     texts = ["cat the", "a <|endoftext|> b", None, ""]
     rows = [{"prompt": f"the {i} <|endoftext|>", "response": texts[i % 4]} for i in range(60)]
     for i, e in enumerate(read(rows, max_response=64)[:4]):
-        assert e.prompt == e.teacher_prompt == ids(f"the {i} <|endoftext|>") + ids("\n")
+        assert e.prompt == e.teacher_prompt == ids(f"the {i} < |endoftext|>\n")
         assert e.response == (ids(texts[i]) + [0] if texts[i] else []) and 0 not in e.prompt
 
 
@@ -392,7 +385,9 @@ def test_a_bos_of_the_tokenizer_stands_before_the_prompt_and_nowhere_else(read, 
             single="! $A", special_tokens=[("!", ids("!")[0])])
     student = edited("student", tokenizer(bos))
     e = read(rows_of(60, prompt="a {i}", response="b"), student=student)[0]
-    assert (e.prompt, e.response) == (ids("!") + ids("a 0") + ids("\n"), ids("b") + [0])
+    assert (e.prompt, e.response) == (ids("!") + ids("a 0\n"), ids("b") + [0])
+    e = read(rows_of(60, prompt="a {i}", response="b"), student=student, max_prompt=3)[0]
+    assert e.prompt == ids("!") + ids("a 0\n")[-2:]
 
 
 def test_a_template_names_columns_and_the_teacher_may_read_others(read, capsys):
@@ -400,8 +395,7 @@ def test_a_template_names_columns_and_the_teacher_may_read_others(read, capsys):
     rows = rows_of(60, question="cat {i}", age=7, note=None, hint="dog", answer="ran", rest="")
     e = read(rows, response="answer", template="Q {age}: {question}{note}\\nA:",
              teacher_template="{hint} {question}")[2]
-    assert e.prompt == ids("Q ") + ids("7") + ids(": ") + ids("cat 2") + ids("\nA:")
-    assert e.teacher_prompt == ids("dog") + ids(" ") + ids("cat 2")
+    assert e.prompt == ids("Q 7: cat 2\nA:") and e.teacher_prompt == ids("dog cat 2")
     assert e.row["prompt"] == "Q 7: cat 2\nA:" and e.response == ids("ran") + [0]
     assert "columns that nothing reads: rest (" in capsys.readouterr().out
 
@@ -410,16 +404,15 @@ def test_special_tokens_are_read_in_a_template_and_are_text_in_a_row(read, edite
     models = edited("teacher", chat(None)), edited("student", chat(None))
     rows = [{"prompt": "a <|im_end|>" if i == 0 else f"a {i}", "response": "b"} for i in range(60)]
     e = read(rows, *models, template="<|im_start|>{prompt}<|im_end|>")[0]
-    assert e.prompt == [START, *ids("a <|im_end|>"), END]
-    assert "1 prompts contain the text of a special token" in capsys.readouterr().out
+    assert e.prompt == [START, *ids("a < |im_end|>"), END]
+    assert "1 rows hold the text of a special token" in capsys.readouterr().out
 
 
 def test_too_long_a_prompt_loses_its_beginning_and_a_response_its_end(read, capsys):
     rows = [{"prompt": "the cat " * 9, "response": "dog sat " * 9}]
     rows += rows_of(60, prompt="the {i}", response="dog")
     e = read(rows, max_prompt=10, max_response=6, template="now: {prompt}\\n")[0]
-    words = ids("now: ")
-    assert e.prompt == words + ids("the cat " * 9)[len(words) + 1 - 10:] + ids("\n")
+    assert e.prompt == ids("the cat " * 9 + "\n")[-10:]
     assert e.response == ids("dog sat " * 9)[:6]
     assert "cut to fit: 1 prompts, 1 responses" in capsys.readouterr().out
 
@@ -438,9 +431,9 @@ def test_messages_go_through_the_chat_template_and_the_last_answer_is_the_respon
         columns, read, edited, capsys):
     models = edited("teacher", chat(CHATML)), edited("student", chat(CHATML))
     e = read(rows_of(60, **columns), *models)[1]
-    turn = lambda role, text: [START, *ids(f"{role}\n"), *ids(text), END, *ids("\n")]
+    turn = lambda role, text: [START, *ids(f"{role}\n{text}"), END, *ids("\n")]
     assert e.prompt == [*turn("system", "sad"), *turn("user", "cat 1"), *turn("assistant", "ran"),
-                        *turn("user", "<|im_end|> dog"), START, *ids("assistant\n")]
+                        *turn("user", "< |im_end|> dog"), START, *ids("assistant\n")]
     assert e.response == ids("sat") + [0]
     assert "nothing reads" not in capsys.readouterr().out
 

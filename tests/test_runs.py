@@ -98,7 +98,7 @@ def test_a_kill_while_the_llm_writes_loses_only_the_call_under_way(any_root, tmp
 
     def counted(model, prompts, *args, **more):
         nonlocal calls
-        calls += len(args) > 2  # an LLM's call names top_k
+        calls += len(args) > 2  # an LLM's call names warpers
         if calls == last:
             raise SystemExit(9)
         return sample(model, prompts, *args, **more)
@@ -162,7 +162,6 @@ def test_changed_data_is_refused_on_resuming(script, any_root, tmp_path):
 @pytest.mark.parametrize("file, content, words", [
     ("checkpoint.pt", "half", "checkpoint.pt cannot be loaded"),
     ("settings.json", '{"script"', "no run can be read there"),
-    ("result.json", "{}", "this run is finished"),
     ("settings.json", '{"script": "llmr"}', "this is a run of llmr.py"),
     ("log.jsonl", '{"step": 0, "loss": 1.0}\n{"step": 1, "lo', None)])
 def test_a_damaged_run_is_told_and_half_a_line_of_the_log_is_dropped(file, content, words, halted):
@@ -317,17 +316,17 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_one_sentence(config, tmp_pat
 
 # --- How a run ends ------------------------------------------------------------------------------
 def test_a_loss_or_weight_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):
-    with pytest.raises(common.RunFailed, match="a weight is no longer a finite number at step 2"):
+    with pytest.raises(common.BadInput, match="a weight is no longer a finite number at step 2"):
         train(config(lr=1e3, clip=1e9, weight_decay=1e3, warmup=0, log_every=50))
     assert not (tmp_path / "run/checkpoint.pt").exists()
     real = kd_forward.kd_loss
     monkeypatch.setattr(kd_forward, "kd_loss", lambda *a: [x * float("nan") for x in real(*a)])
-    with pytest.raises(common.RunFailed, match="the loss is nan at step 0: .*--lr"):
+    with pytest.raises(common.BadInput, match="the loss is nan at step 0: .*--lr"):
         train(config("two"))
 
 
 @pytest.mark.parametrize("error, status, words", [
-    (None, 0, ""), (common.BadInput("bad"), 2, "bad"), (common.RunFailed("nan"), 1, "nan"),
+    (None, 0, ""), (common.BadInput("bad"), 2, "bad"),
     (torch.OutOfMemoryError("x" * 999), 1, "--accum"), (OSError(28, "disk full"), 1, "disk full"),
     (KeyboardInterrupt(), 130, "stopped")])
 def test_the_exit_status_says_how_it_ended(error, status, words, monkeypatch, capsys):
@@ -361,7 +360,7 @@ JOBS = {  # name: script, its settings
 
 def work(jobs, two):
     """Run the jobs in this process. Sampling is greedy, for each process has random numbers of its
-    own; what an LLM writes (with top_k) is process 0's alone."""
+    own; what an LLM writes (with warpers) is process 0's alone."""
     sample, reduce = common.sample, common.reduce_gradients
     common.sample = lambda model, prompts, most, temperature=1.0, *args, **more: sample(
         model, prompts, most, temperature if args else 0.0, *args, **more)

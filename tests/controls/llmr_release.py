@@ -34,6 +34,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from transformers import TopKLogitsWarper
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where common.py is
 import common
@@ -84,7 +85,7 @@ def returns_to_go(reward):
 
 def sampler_logprobs(logits, targets, top_k):
     """log b of each token, b cut to its k likeliest. (r,V), (r,) -> (r,)."""
-    kept = common.truncated(logits, top_k, 1.0)
+    kept = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
     return logits.gather(-1, targets[:, None])[:, 0] - kept.logsumexp(-1)
 
 
@@ -151,7 +152,8 @@ def train(cfg) -> dict:
         asked = [data.train[i] for i in common.step_indices(len(data.train), step, cfg)]
         with common.precision(cfg, run.device):
             responses = common.sample(sampler, [e.prompt for e in asked], cfg.max_response,
-                                      top_k=cfg.top_k, seed=common.sample_seed(cfg.seed, step))
+                                      warpers=[TopKLogitsWarper(cfg.top_k)] if cfg.top_k else [],
+                                      seed=common.sample_seed(cfg.seed, step))
         answered = [replace(e, response=y) for e, y in zip(asked, responses)]
         micro = common.micro_batches(answered, student, teacher, cfg)
 
@@ -175,8 +177,8 @@ def train(cfg) -> dict:
             kept = sum(int(b.lengths[ended].sum()) for b, (_, _, ended) in zip(micro, scores))
             count = common.all_reduce_sum(kept) * n_responses / max(1, n_ended)
         if not count:
-            raise common.RunFailed(f"step {step}: none of {n_responses} samples has an end, and "
-                                   "--discard drops such: raise --max-response")
+            raise common.BadInput(f"step {step}: none of {n_responses} samples has an end, and "
+                                  "--discard drops such: raise --max-response")
 
         # the student learns; totals: loss, advantage, nll
         totals = torch.zeros(3, device=run.device)
