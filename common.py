@@ -41,14 +41,7 @@ import torch.nn.functional as F
 import transformers
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm  # comes with transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    DynamicCache,
-    EncoderDecoderCache,
-)
+from transformers import DynamicCache, EncoderDecoderCache
 
 # transformers 5.24 renamed past_key_values to cache; until 5.40 the old name serves all versions
 warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")
@@ -505,9 +498,10 @@ def load_model(path, role, device, dtype=torch.float32, seed=0):
             raise ValueError("this is an adapter: merge it into its base model first")
         if files and not any(re.match("tokenizer|vocab|spiece|sentencepiece", f) for f in files):
             raise ValueError("no tokenizer is there: save one beside the model")
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        auto = (transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder
+                else transformers.AutoModelForCausalLM)
         weights = r"\.(safetensors|bin|h5|msgpack|gguf|ckpt|pth?)(\.index\.json)?$"
         if role == "student" and files and not any(re.search(weights, f) for f in files):
             print(f"{path} holds no weights: the student starts from random ones")
@@ -536,18 +530,15 @@ def load_model(path, role, device, dtype=torch.float32, seed=0):
 
 def set_eos(model, name):
     """Let EOS be what ends a response. Gemma's and Phi-3's tokenizers name the token that ends a
-    whole text; only the generation config lists the one that ends a turn of a chat."""
+    whole text; the generation config lists that and the one that ends a turn of a chat."""
     tokenizer, ends = model.tokenizer, model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends or []
-    ids = ends if len(ends) == 1 and ends[0] < len(tokenizer) else []
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ue000"}]
-        with contextlib.suppress(Exception):  # a template with an error is reported with the data
-            text = tokenizer.apply_chat_template(turns, tokenize=False).partition("\ue000")[2]
-            ids = [i for i in tokenizer(text, add_special_tokens=False).input_ids[:1] if i in ends]
-    if ids and ids[0] != tokenizer.eos_token_id:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[0])
-        print(f"{name}: responses end with {tokenizer.eos_token}, as the generation config says")
+    tokens = [tokenizer.convert_ids_to_tokens(i) for i in ends if i < len(tokenizer)]
+    if len(ends) > 1:
+        tokens = [t for t in tokens if t in str(tokenizer.chat_template)]
+    if len(tokens) == 1 and tokens[0] != tokenizer.eos_token:
+        tokenizer.eos_token = tokens[0]
+        print(f"{name}: responses end with {tokens[0]}, as the generation config says")
     if tokenizer.eos_token_id is None:
         raise BadInput(f"{name}: the tokenizer has no end-of-sequence token to end a response with")
 
@@ -825,12 +816,12 @@ class Example:
         return self.teacher_prompt if model.role == "teacher" else self.prompt
 
 
-def tokenize(tokenizer, texts, plain=True):
-    """Texts -> lists of token ids. With `plain` the text of a special token is plain text."""
+def tokenize(tokenizer, texts, special=False):
+    """Texts -> lists of token ids. Without `special` the text of a special token is plain text."""
     ids = []
     for i in tqdm(range(0, len(texts), 1000), "tokenize", delay=3, disable=None):
         ids += tokenizer(texts[i:i + 1000], add_special_tokens=False,
-                         split_special_tokens=plain).input_ids
+                         split_special_tokens=not special).input_ids
     return ids
 
 
@@ -841,44 +832,42 @@ def around(tokenizer):
     return whole[:at], whole[at + len(bare):]
 
 
-def special_tokens(tokenizer):
-    """A pattern that finds the texts of special tokens."""
-    return re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+def plain(text, tokenizer):
+    """A user's words: the text of a special token gets a blank, so that it is read as text."""
+    special = "|".join(map(re.escape, tokenizer.all_special_tokens))
+    return re.sub(special, lambda m: f"{m[0][:1]} {m[0][1:]}", text)
 
 
-def prompt_text(row, template, model, plain):
-    """What a model reads of a row: its chat template around the prompt, or a template of columns.
-    `plain` makes special tokens in the user's words harmless."""
+def prompt_text(row, template, model):
+    """What a model reads of a row: the prompt in a chat template, or columns in --template."""
     tokenizer, prompt = model.tokenizer, row["prompt"]
     if template != "auto":
-        fill = lambda slot: plain(text_in(row["columns"], slot[1], row["where"]))
+        fill = lambda slot: plain(text_in(row["columns"], slot[1], row["where"]), tokenizer)
         return SLOT.sub(fill, template.replace("\\n", "\n"))
     if tokenizer.chat_template:
         turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         # some templates write the date: let it be the same tomorrow
         template = re.sub(r"strftime_now\([^)]*\)", "'26 Jul 2024'", tokenizer.get_chat_template())
         return tokenizer.apply_chat_template(
-            [{**m, "content": plain(m["content"])} for m in turns], chat_template=template,
-            tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
+            [{**m, "content": plain(m["content"], tokenizer)} for m in turns],
+            chat_template=template, tokenize=False, add_generation_prompt=True,
+            date_string="26 Jul 2024")
     if isinstance(prompt, list):
         raise ValueError("rows with messages need a chat template, and the tokenizer has none")
-    return plain(prompt) + ("" if is_encdec(model) else "\n")
+    return plain(prompt, tokenizer) + ("" if is_encdec(model) else "\n")
 
 
 def encode_prompts(rows, template, model, max_prompt):
-    """The token ids of each prompt. A special token is recognised in the template's words; one in
-    the user's words gets a blank, < |im_end|>, and is plain text. Too long a prompt loses its
-    beginning, but not BOS; row["cut"] says so."""
+    """The token ids of each prompt. Special tokens are recognised in the template's words. Too long
+    a prompt loses its beginning, but not BOS; row["cut"] says so."""
     tokenizer, prompts = model.tokenizer, []
-    special = special_tokens(tokenizer)
-    plain = lambda text: special.sub(lambda m: f"{m[0][:1]} {m[0][1:]}", text)
     with blaming(f"template {template!r} for {tokenizer.name_or_path}"):
-        texts = tokenize(tokenizer, [prompt_text(row, template, model, plain) for row in rows],
-                         plain=False)
+        texts = [prompt_text(row, template, model) for row in rows]
+        encoded = tokenize(tokenizer, texts, special=True)
     before, behind = around(tokenizer)
     if template == "auto" and tokenizer.chat_template:  # it writes these tokens itself
         before, behind = [], []
-    for row, ids in zip(rows, texts):
+    for row, ids in zip(rows, encoded):
         ids = before + ids + (behind if is_encdec(model) else [])
         bos = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
         row["cut"] = len(ids) > max_prompt
@@ -914,8 +903,8 @@ def load_data(cfg, rows, student, teacher):
         **{split: encode(part, student, teacher, cfg) for split, part in rows.items()})
     examples = data.train + data.valid + data.test
     check_tokens(examples, student, teacher)
-    special = special_tokens(student.tokenizer)
-    if n := sum(bool(special.search(str(e.row["columns"]))) for e in examples):
+    texts = [str(e.row["columns"]) for e in examples]
+    if n := sum(plain(text, student.tokenizer) != text for text in texts):
         print(f"{n} rows hold the text of a special token, which is read as plain text")
     n_cut = sum(e.response[-1] != student.tokenizer.eos_token_id for e in examples if e.response)
     print(f"data: {len(data.train)} training prompts, "
@@ -937,9 +926,9 @@ def check_tokens(examples, student, teacher):
     used = {ours.eos_token_id: "the end of a response"}
     for e in examples:
         used.update(dict.fromkeys({*e.prompt, *e.response} - set(used), e.row["where"]))
-        for model, prompt in ((student, e.prompt), (teacher, e.teacher_prompt)):
-            most = max(prompt + e.response)
-            if model and most >= len(model.get_input_embeddings().weight):
+        for model in filter(None, (student, teacher)):
+            most = max(e.prompt_of(model) + e.response)
+            if most >= len(model.get_input_embeddings().weight):
                 raise BadInput(
                     f"{e.row['where']}: token {model.tokenizer.convert_ids_to_tokens(most)!r} is "
                     f"beyond the embedding of {model.config.name_or_path}: call "
@@ -979,16 +968,13 @@ def documents(source):
     path = Path(source).expanduser()
     files = path.rglob("*") if path.is_dir() else path.parent.glob(path.name)
     files = sorted(str(f) for f in files if f.is_file() and f.stat().st_size)
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix)
+    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix, "text")
+    more = {"sample_by": "paragraph" if path.is_file() else "document"} if kind == "text" else {}
     with blaming(source):
         if (path / "state.json").exists():
             loaded = datasets.load_from_disk(path)
-        elif kind:
-            loaded = datasets.load_dataset(kind, data_files=str(path), split="train")
         elif files:
-            sample_by = "paragraph" if path.is_file() else "document"
-            loaded = datasets.load_dataset("text", data_files=files, sample_by=sample_by,
-                                           split="train")
+            loaded = datasets.load_dataset(kind, data_files=files, split="train", **more)
         else:
             name, _, configuration = str(source).partition(":")
             loaded = datasets.load_dataset(name, configuration or None, split="train")
@@ -1273,13 +1259,11 @@ def sample_batch(model, prompts, max_new, temperature, warpers, generator):
 
 
 def gumbel(like, generator):
-    """Gumbel noise of that shape: -log of an exponential variable, clamped, for that may be 0."""
-    if like.device.type == "cpu":  # the numbers of exponential_, in a third of its time
-        uniform = torch.rand(like.shape, generator=generator, dtype=torch.float64)
-        noise = uniform.neg_().log1p_().neg_().to(like.dtype)
-    else:
-        noise = torch.empty_like(like).exponential_(generator=generator)
-    return noise.clamp_(min=1e-30).log_().neg_()
+    """Gumbel noise of that shape: -log of an exponential variable, clamped, for that may be 0. In
+    float64, because a uniform number in float32 is often 0; `exponential_` takes three times as
+    long on a CPU."""
+    uniform = torch.rand(like.shape, generator=generator, dtype=torch.float64, device=like.device)
+    return uniform.neg_().log1p_().neg_().to(like.dtype).clamp_(min=1e-30).log_().neg_()
 
 
 def respond(model, examples, cfg, temperature=1.0, seed=0):

@@ -43,9 +43,9 @@ ENCODER_DECODERS = {  # 11 of them
     "umt5": T5, "longt5": dict(T5, local_radius=4), "pegasus": BART, "marian": BART,
     "mbart": BART, "blenderbot": BART, "blenderbot-small": BART, "bart": BART}
 REFUSED = {
-    "mamba": (dict(OLD, state_size=4), "no cache of keys and values alone"),
-    "rwkv": (dict(hidden_size=32, num_hidden_layers=2), "no cache of keys and values alone"),
-    "lfm2": (dict(NEW, layer_types=["conv", "full_attention"]), "no cache of keys and values alone"),
+    "mamba": (dict(OLD, state_size=4), "no cache of keys and values"),
+    "rwkv": (dict(hidden_size=32, num_hidden_layers=2), "no cache of keys and values"),
+    "lfm2": (dict(NEW, layer_types=["conv", "full_attention"]), "no cache of keys and values"),
     "xlnet": (dict(d_model=32, n_layer=2, n_head=4, d_inner=48), "are not its output head times"),
     "bert": (dict(OLD, intermediate_size=48, is_decoder=True), "are not its output head times"),
     "gemma2": (dict(NEW, head_dim=8), r"after the output head \(final_logit_softcapping\)"),

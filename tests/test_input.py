@@ -463,7 +463,7 @@ def test_a_template_that_writes_the_date_gives_the_same_prompt_every_day(read, e
     (None, 0, "<|endoftext|>"), (None, 5, "%"),     # one id that differs from the tokenizer's
     (None, [0, 5], "<|endoftext|>"), (None, 50256, "<|endoftext|>"),  # the tokenizer has no such id
     (CHATML, [0, 321], "<|im_end|>"), (CHATML, 321, "<|im_end|>"),
-    (CHATML, [0, 5], "<|endoftext|>"), (CHATML, None, "<|endoftext|>")])
+    (CHATML, [0, 58], "<|endoftext|>"), (CHATML, None, "<|endoftext|>")])
 def test_a_response_ends_with_what_the_generation_config_and_the_chat_template_say(
         template, listed, end, edited):
     path = edited("student", chat(template), values("generation_config.json", eos_token_id=listed))
