@@ -295,13 +295,11 @@ class Run:
         default = f"out/{self.script.stem}-{datetime.now():%Y%m%d-%H%M%S}"
         self.dir = from_process_0(lambda: Path(cfg.resume or cfg.out or default))
         names = settings_of(type(cfg))
-        self.settings = {k: getattr(cfg, k) for k in names}
+        self.settings = {"script": self.script.stem, **{k: getattr(cfg, k) for k in names}}
         dtype = compute_dtype(cfg, self.device)
         self.settings["dtype"] = str(dtype).removeprefix("torch.")  # auto must not change later
         if cfg.resume:
             saved = saved_settings(cfg.resume)
-            if saved.get("script") != self.script.stem:
-                raise BadInput(f"--resume {cfg.resume}: this is a run of {saved.get('script')}.py")
             for k, new in self.settings.items():
                 if k not in FREE and saved.get(k) != new:
                     raise BadInput(f"--resume {cfg.resume}: {k} was {saved.get(k)} and is {new} "
@@ -309,18 +307,18 @@ class Run:
         elif any((self.dir / name).exists() for name in ("settings.json", "student")):
             raise BadInput(f"--out {cfg.out} holds a run or a model: choose another directory, or "
                            "go on with --resume")
-        for k, value in self.settings.items():
+        for k in names:
             mark = " " if getattr(cfg, k) == names[k].default else "*"
-            print(f"{mark} {k:<20}{str(value).replace(f'{HERE}{os.sep}', '')}")
+            print(f"{mark} {k:<20}{str(self.settings[k]).replace(f'{HERE}{os.sep}', '')}")
         print(f"run directory: {self.dir}", flush=True)
         torch.manual_seed(cfg.seed)
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what stays in fp32
 
     def start(self, data, **parts):
-        """Create the directory, or load the checkpoint of --resume into `parts`, which have
-        state_dict and load_state_dict. `data` is a hash of the data: a resumed run must go on with
-        the same. Returns the number of steps that are done."""
-        first, (rank, n) = 0, processes()
+        """Create the directory, or load the checkpoint of --resume. `data` is a hash of the data: a
+        resumed run must go on with the same. `parts`, which have state_dict and load_state_dict,
+        are what a checkpoint holds. Returns the number of steps that are done."""
+        self.parts, first, (rank, n) = parts, 0, processes()
         if n > 1:
             torch.manual_seed(self.cfg.seed + rank)  # dropout differs between processes
         if self.cfg.resume and saved_settings(self.dir).get("data_hash") != data:
@@ -338,7 +336,7 @@ class Run:
                         torch.cuda.set_rng_state(state["cuda_rng"])
             print(f"resumed from {file} at step {first}")
         if rank == 0:
-            self._prepare(first, data)
+            self.write_settings(first, data)
         if n > 1:
             dist.barrier()
         self.t0 = time.time()
@@ -347,15 +345,15 @@ class Run:
                 signal.signal(number, lambda number, frame: setattr(self, "stop", number))
         return first
 
-    def _prepare(self, first, data):
+    def write_settings(self, first, data):
+        """settings.json and the script of a new run; the log without steps after `first`."""
         with blaming(f"{self.dir}: the run cannot be written there"):
             self.dir.mkdir(parents=True, exist_ok=True)
             if not self.cfg.resume:  # mode x: of two runs that start at once, the second fails
                 with open(self.dir / "settings.json", "x") as f:
-                    saved = {"script": self.script.stem, **self.settings, "data_hash": data}
-                    json.dump(saved, f, indent=1)
+                    json.dump({**self.settings, "data_hash": data}, f, indent=1)
                 shutil.copy(self.script, self.dir / self.script.name)
-            log = self.dir / "log.jsonl"  # no step twice: what came after the checkpoint goes
+            log = self.dir / "log.jsonl"
             lines = log.read_text().splitlines() if log.exists() else []
             whole = [x for x in lines if x.endswith("}") and json.loads(x)["step"] < first]
             write(log, "".join(x + "\n" for x in whole))
@@ -387,13 +385,13 @@ class Run:
             prompt = g["prompt"] if isinstance(g["prompt"], str) else g["prompt"][-1]["content"]
             print(f"      {prompt[:90]!r} -> {g['sample'][:160]!r}", flush=True)
 
-    def end_step(self, step, **parts):
+    def end_step(self, step):
         """After every optimizer step; `step` of them are done. Save when it is time, after the last
         step, and when a signal came."""
         self.stop = all_reduce_sum(self.stop)  # a signal to one process stops all of them
         last = self.stop or step == self.cfg.steps
         if last or step % self.cfg.save_every == 0:
-            self.save(step, **parts)
+            self.save(step)
         if last:  # all is saved, so signals act as before
             with contextlib.suppress(ValueError):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -407,20 +405,18 @@ class Run:
             sys.exit(130 if self.stop % signal.SIGTERM else 143)  # `stop` is a sum over processes
 
     def fail(self, step, what):
-        file = self.dir / "checkpoint.pt"
-        there = f"the last good checkpoint is {file}" if file.exists() else "there is no checkpoint"
-        raise BadInput(f"{what} at step {step}: start anew with a lower --lr; {there}")
+        raise BadInput(f"{what} at step {step}: start anew with a lower --lr")
 
-    def save(self, step, **parts):
+    def save(self, step):
         """Write checkpoint.pt. A weight that is not finite is never saved."""
-        for model in [x for x in parts.values() if isinstance(x, torch.nn.Module)]:
+        for model in [x for x in self.parts.values() if isinstance(x, torch.nn.Module)]:
             if not all(bool(p.isfinite().all()) for p in model.parameters()):
                 self.fail(step, "a weight is no longer a finite number")
         if processes()[0] == 0:
             cuda_rng = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
             write(self.dir / "checkpoint.pt", {
                 "step": step, "seconds": self.elapsed(), "rng": torch.get_rng_state(),
-                "cuda_rng": cuda_rng, "parts": {k: v.state_dict() for k, v in parts.items()}})
+                "cuda_rng": cuda_rng, "parts": {k: v.state_dict() for k, v in self.parts.items()}})
 
     def finish(self, student, columns, meanings, generations=()):
         """Print the table of `columns` {name: metrics}; save the student, generations.jsonl and
@@ -446,8 +442,7 @@ class Run:
                 write(self.dir / "result.json", json.dumps(result, indent=1))
         if processes()[1] > 1:
             dist.barrier()
-        files = "generations.jsonl and result.json" if generations else "result.json"
-        print(f"\n{self.elapsed():.0f} s. {self.dir} holds student/, {files}", flush=True)
+        print(f"\n{self.elapsed():.0f} s. {self.dir} holds student/ and result.json", flush=True)
         return result
 
 
@@ -558,7 +553,7 @@ def check_model(model, name):
         layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
         if model._is_stateful or not layers <= {"DynamicLayer", "DynamicSlidingWindowLayer"}:
             raise ValueError("it has no cache of keys and values alone, as sampling needs")
-        batch = collate(examples, model).to(model.device)
+        batch = collate(examples, model)
         ours = logits_of(model, response_states(model, batch))[:len(response)]
         if is_encdec(model):
             start = [model.config.decoder_start_token_id]
@@ -648,7 +643,7 @@ def read_file(path):
         import datasets  # takes a second, so only where it is needed
         datasets.disable_progress_bars()
         with blaming(path):
-            loaded = datasets.load_dataset("parquet", data_files=str(path), split="train")
+            loaded = datasets.Dataset.from_parquet(str(path))
             return [(f"{path}, row {i}", row) for i, row in enumerate(loaded, 1)]
 
     def lines():
@@ -1043,12 +1038,12 @@ def pad(lists, left=False):
     return torch.tensor([fill + x if left else x + fill for fill, x in zip(fills, lists)])
 
 
-def collate(examples, model):
-    """Examples -> Batch on the CPU. Masks come from lengths, never from ids: pad may equal EOS.
+def collate(examples, model, teacher=None):
+    """Examples -> Batch as the model reads them, on its device; with the teacher's view of them.
 
     The shift by one token is made here and nowhere else. Of the prompt a b and the response
     c d EOS, tokens are a b c d EOS (T = 5); c is predicted at b, so positions are 1 2 3, and
-    targets are c d EOS.
+    targets are c d EOS. Masks come from lengths, never from ids: pad may equal EOS.
     """
     prompts = [e.prompt_of(model) for e in examples]
     responses = [e.response for e in examples]
@@ -1057,22 +1052,19 @@ def collate(examples, model):
     owner = torch.repeat_interleave(torch.arange(len(examples)), lengths)
     place = torch.cat([torch.arange(len(r)) for r in responses])  # (R,) in its own response
     before = torch.tensor([len(p) for p in prompts])
+    mask = decoder_tokens = None
     if is_encdec(model):
         tokens = pad(prompts)
         mask = (torch.arange(tokens.shape[1]) < before[:, None]).long()
         decoder_tokens = pad([[model.config.decoder_start_token_id] + r[:-1] for r in responses])
         positions = owner * decoder_tokens.shape[1] + place
-        return Batch(tokens, positions, targets, owner, lengths, mask, decoder_tokens, examples)
-    tokens = pad([p + r for p, r in zip(prompts, responses)])
-    positions = owner * tokens.shape[1] + before[owner] - 1 + place  # the last of a prompt predicts
-    return Batch(tokens, positions, targets, owner, lengths, examples=examples)
-
-
-def make_batch(examples, student, teacher=None):
-    """Examples -> Batch on the device of the student, with the teacher's view of them."""
-    batch = collate(examples, student).to(student.device)
+    else:
+        tokens = pad([p + r for p, r in zip(prompts, responses)])
+        positions = owner * tokens.shape[1] + before[owner] - 1 + place  # at the token before
+    batch = Batch(tokens, positions, targets, owner, lengths, mask, decoder_tokens, examples)
+    batch = batch.to(model.device)
     if teacher:
-        batch.for_teacher = collate(examples, teacher).to(teacher.device)
+        batch.for_teacher = collate(examples, teacher)
     return batch
 
 
@@ -1082,7 +1074,7 @@ def micro_batches(examples, student, teacher, cfg):
     ordered = sorted(examples, key=lambda e: len(e.prompt) + len(e.response))
     size = len(ordered) // cfg.accum
     parts = [ordered[i:i + size] for i in range(0, len(ordered), size)]
-    return [make_batch(part, student, teacher) for part in parts]
+    return [collate(part, student, teacher) for part in parts]
 
 
 def step_indices(n, step, cfg, of_all=False):
@@ -1165,11 +1157,11 @@ def log_softmax_at(logits, targets):
 
 
 @torch.no_grad()
-def row_values(function, model, batch, teacher=None, teacher_batch=None):
+def row_values(function, model, batch, teacher=None):
     """(R,k): the k values that function(logits (r,V), teacher_logits (r,V) or None, targets (r,))
     gives for each row, chunk by chunk and without gradient."""
     hidden, values = response_states(model, batch), []
-    teacher_hidden = response_states(teacher, teacher_batch) if teacher else None
+    teacher_hidden = response_states(teacher, batch.for_teacher) if teacher else None
     for rows in chunk_slices(hidden, model):
         teacher_logits = logits_of(teacher, teacher_hidden[rows]) if teacher else None
         found = function(logits_of(model, hidden[rows]), teacher_logits, batch.targets[rows])
@@ -1238,7 +1230,11 @@ def sample_batch(model, prompts, max_new, temperature, warpers, generator):
             logits = logits / temperature
             for warp in warpers:
                 logits = warp(None, logits)
-            logits = logits + gumbel(logits, generator)  # the argmax is then an exact draw
+            # the argmax with Gumbel noise is an exact draw; uniform numbers in float32 may be 0
+            uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64,
+                                 device=device)
+            exponential = uniform.neg_().log1p_().neg_().to(logits.dtype).clamp_(min=1e-30)
+            logits = logits - exponential.log_()
         token = logits.argmax(-1)                                                    # (B,)
         for row, one in zip(alive, token.tolist()):
             if out[row][-1:] != [eos]:
@@ -1256,14 +1252,6 @@ def sample_batch(model, prompts, max_new, temperature, warpers, generator):
             position_ids = lengths[:, None] + t
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
     return out
-
-
-def gumbel(like, generator):
-    """Gumbel noise of that shape: -log of an exponential variable, clamped, for that may be 0. In
-    float64, because a uniform number in float32 is often 0; `exponential_` takes three times as
-    long on a CPU."""
-    uniform = torch.rand(like.shape, generator=generator, dtype=torch.float64, device=like.device)
-    return uniform.neg_().log1p_().neg_().to(like.dtype).clamp_(min=1e-30).log_().neg_()
 
 
 def respond(model, examples, cfg, temperature=1.0, seed=0):
@@ -1343,10 +1331,9 @@ def per_response(function, model, examples, cfg, teacher=None, batch_size=64):
     model.eval()
     for i in range(0, len(examples), batch_size):
         part = examples[i:i + batch_size]
-        batch = collate(part, model).to(model.device)
-        teacher_batch = teacher and collate(part, teacher).to(model.device)
+        batch = collate(part, model, teacher)
         with precision(cfg, model.device):
-            values = row_values(function, model, batch, teacher, teacher_batch)
+            values = row_values(function, model, batch, teacher)
         zeros = values.new_zeros(len(part), values.shape[-1])
         sums.append(zeros.index_add_(0, batch.owner, values).cpu().double())
     model.train(was_training)

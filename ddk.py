@@ -296,8 +296,7 @@ def train(cfg) -> dict:
     # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
-    parts = {"student": student, "optimizer": optimizer, "sampler": sampler}  # for checkpoints
-    start = run.start(data.hash, **parts)
+    start = run.start(data.hash, student=student, optimizer=optimizer, sampler=sampler)
     loss_of = torch.compile(distill_loss, dynamic=True) if cfg.compile else distill_loss
     student.train()
 
@@ -352,7 +351,7 @@ def train(cfg) -> dict:
             loss, ce, kl = totals.tolist()
             run.log(step, loss=loss, ce=ce, kl=kl, grad_norm=grad_norm.item(), lr=lr,
                     tokens=n_tokens)
-        run.end_step(step + 1, **parts)
+        run.end_step(step + 1)
 
     rows = {"teacher": metrics(names, teacher_test, teacher_test)} if teacher else {}
     shares = sampler.total / max(1, cfg.steps)  # their mean over the run

@@ -193,8 +193,7 @@ def train(cfg) -> dict:
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
     drawn = StudentResponses()
-    parts = {"student": student, "optimizer": optimizer, "drawn": drawn}  # for checkpoints
-    start = run.start(data.hash, **parts)
+    start = run.start(data.hash, student=student, optimizer=optimizer, drawn=drawn)
     common.no_dropout(student)
     student.train()
 
@@ -218,12 +217,12 @@ def train(cfg) -> dict:
         totals = dict.fromkeys(NAMES, torch.zeros((), device=device))
         for i in range(0, len(ids), size):
             part, loss, terms = ids[i:i + size], 0.0, {}
-            by_teacher = common.make_batch([examples[i] for i in part], student)
+            by_teacher = common.collate([examples[i] for i in part], student)
             with common.precision(cfg, device):
                 logq_teacher = response_logprobs(student, by_teacher)                    # (B,)
             if cfg.preference > 0:
                 own = [replace(examples[i], response=drawn[i][0]) for i in part]
-                by_student = common.make_batch(own, student)
+                by_student = common.collate(own, student)
                 with common.precision(cfg, device):
                     logq_student = response_logprobs(student, by_student)                # (B,)
                 logp_student = torch.tensor([drawn[i][1] for i in part], device=device)  # (B,)
@@ -241,7 +240,7 @@ def train(cfg) -> dict:
                 blocks = [corpus[i].tolist() for i in texts[i:i + size]]
                 text = [common.Example(before_text, before_text, block) for block in blocks]
                 with common.precision(cfg, device):
-                    logq_text = response_logprobs(student, common.make_batch(text, student))
+                    logq_text = response_logprobs(student, common.collate(text, student))
                 loss = loss - cfg.lm_coef * logq_text.sum() / n_text
             loss.backward()
             terms["nll_teacher"] = -logq_teacher
@@ -258,7 +257,7 @@ def train(cfg) -> dict:
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
             run.log(step, **dict(zip(NAMES, sums.tolist())), grad_norm=grad_norm.item(), lr=lr,
                     tokens=n_tokens)
-        run.end_step(step + 1, **parts)
+        run.end_step(step + 1)
 
     columns["after"] = evaluate_test(student) if cfg.steps else columns["before"]
     return run.finish(student, columns, common.MEANINGS, evaluate_test.generations)

@@ -41,7 +41,6 @@ constant on all logits shifts them. `asked`: texts per kept sample. `modes`: top
 """
 import ast
 import copy
-import hashlib
 import json
 import math
 import operator
@@ -344,16 +343,15 @@ class LLM:
     def __call__(self, prompts, call, temperature=0.0, top_k=0, top_p=1.0):
         """[(asked, begun)] -> texts. The random numbers depend on `call`, the name of this call."""
         tokens = [self.tokens(asked, begun) for asked, begun in prompts]
-        what = json.dumps([tokens, self.cfg.seed, call, temperature, top_k, top_p])
-        key = hashlib.sha1(what.encode()).hexdigest()[:20]
-        named = hashlib.sha1(json.dumps([self.cfg.seed, call]).encode()).hexdigest()
+        key = common.hash_of([tokens, self.cfg.seed, call, temperature, top_k, top_p])
+        seed = int(common.hash_of([self.cfg.seed, call])[:15], 16)
 
         def ask():
             if key not in self.written:
                 warpers = [TopKLogitsWarper(top_k)] if top_k else []
                 warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
                 responses = common.sample(self.model, tokens, self.task["max_new"], temperature,
-                                          warpers, seed=int(named[:15], 16), batch_size=64)
+                                          warpers, seed=seed, batch_size=64)
                 self.written[key] = [self.model.tokenizer.decode(r, skip_special_tokens=True)
                                      for r in responses]
                 line = json.dumps({"call": call, "key": key, "texts": self.written[key]})
@@ -471,7 +469,7 @@ def train_scorer(scorer, optimizer, examples, rng, cfg, run):
     for _ in range(cfg.passes):
         order = rng.sample(range(len(examples)), len(examples))
         for i in range(0, len(examples), cfg.batch_size):
-            batch = common.make_batch([examples[j] for j in order[i:i + cfg.batch_size]], scorer)
+            batch = common.collate([examples[j] for j in order[i:i + cfg.batch_size]], scorer)
             with common.precision(cfg, run.device):
                 hidden = common.response_states(scorer, batch)                            # (R,H)
             for rows, part in common.in_chunks(hidden, scorer):
@@ -519,7 +517,7 @@ def train_student(student, optimizer, examples, evaluate, start, cfg, run):
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
             loss, ce = totals.tolist()
             run.log(step, loss=loss, ce=ce, grad_norm=grad_norm.item(), lr=lr, tokens=n_tokens)
-        run.end_step(step + 1, student=student, optimizer=optimizer)
+        run.end_step(step + 1)
 
 
 def train(cfg) -> dict:

@@ -150,7 +150,7 @@ def train(cfg) -> dict:
             loss, ce, kl = totals.tolist()
             run.log(step, loss=loss, ce=ce, kl=kl, grad_norm=grad_norm.item(), lr=lr,
                     tokens=n_tokens)
-        run.end_step(step + 1, student=student, optimizer=optimizer)
+        run.end_step(step + 1)
 
     columns["after"] = evaluate_test(student) if cfg.steps else columns["before"]
     return run.finish(student, columns, common.MEANINGS, evaluate_test.generations)

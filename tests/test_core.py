@@ -177,10 +177,10 @@ def test_response_logprobs_are_sums_over_whole_responses_and_their_gradient_is_e
 def test_a_teachers_cached_states_are_right_and_it_does_not_run_again():
     student, teacher = heads("gpt2")
     rows, kept = examples(top=40), {}
-    first = common.make_batch(rows, student, teacher)
+    first = common.collate(rows, student, teacher)
     assert torch.equal(kd_forward.cached_states(teacher, first, kept),
                        common.response_states(teacher, first))
-    again = common.make_batch(rows[::-1], student)  # other batches of the next epoch
+    again = common.collate(rows[::-1], student)  # other batches of the next epoch
     states = kd_forward.cached_states(None, again, kept)
     assert torch.allclose(states, common.response_states(teacher, again), atol=1e-5)
 

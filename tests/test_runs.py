@@ -162,7 +162,7 @@ def test_changed_data_is_refused_on_resuming(script, any_root, tmp_path):
 @pytest.mark.parametrize("file, content, words", [
     ("checkpoint.pt", "half", "checkpoint.pt cannot be loaded"),
     ("settings.json", '{"script"', "no run can be read there"),
-    ("settings.json", '{"script": "llmr"}', "this is a run of llmr.py"),
+    ("settings.json", '{"script": "llmr"}', "script was llmr and is kd_forward now"),
     ("log.jsonl", '{"step": 0, "loss": 1.0}\n{"step": 1, "lo', None)])
 def test_a_damaged_run_is_told_and_half_a_line_of_the_log_is_dropped(file, content, words, halted):
     Path(halted.resume, file).write_text(content)

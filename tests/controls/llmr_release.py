@@ -134,8 +134,7 @@ def train(cfg) -> dict:
     # runs are short: beta_2 = 0.98 averages squared gradients over 50 steps, the default over 1000
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=True)
-    parts = {"student": student, "optimizer": optimizer, "sampler": sampler}  # for checkpoints
-    start = run.start(data.hash, **parts)
+    start = run.start(data.hash, student=student, optimizer=optimizer, sampler=sampler)
     common.no_dropout(student)  # sampling and training must use the same distribution
     student.train()
 
@@ -217,7 +216,7 @@ def train(cfg) -> dict:
             run.log(step, loss=loss, advantage=advantage, nll=nll, length=n_tokens / n_responses,
                     no_end=1 - n_ended / n_responses, grad_norm=grad_norm.item(), lr=lr,
                     tokens=n_tokens)
-        run.end_step(step + 1, **parts)
+        run.end_step(step + 1)
 
     columns["after"] = evaluate_test(student) if cfg.steps else columns["before"]
     return run.finish(student, columns, common.MEANINGS, evaluate_test.generations)

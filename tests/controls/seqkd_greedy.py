@@ -100,7 +100,7 @@ def train(cfg) -> dict:
 
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
             run.log(step, loss=total.item(), grad_norm=grad_norm.item(), lr=lr, tokens=n_tokens)
-        run.end_step(step + 1, student=student, optimizer=optimizer)
+        run.end_step(step + 1)
 
     columns["after"] = evaluate_test(student) if cfg.steps else columns["before"]
     return run.finish(student, columns, common.MEANINGS, evaluate_test.generations)

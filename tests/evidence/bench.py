@@ -235,7 +235,7 @@ def kd_step(name):
     vocab, fp32 = {"v32k": 32_000, "v4k": 4000}[name.split("_")[2]], name.endswith("fp32")
     cfg = kd_forward.Config(dtype="float32" if fp32 else "bfloat16")
     teacher = teacher_model(vocab, getattr(torch, cfg.dtype))
-    batch = common.make_batch(examples(vocab), teacher, teacher)
+    batch = common.collate(examples(vocab), teacher, teacher)
     losses = {"ours": lambda student: our_kd(student, teacher, batch, cfg),
               "textbook": lambda student: rival(textbook, student, teacher, batch, cfg)}
     for peer, loss_of in PEERS.items():
@@ -251,7 +251,7 @@ def loss_memory(name, vocab=152_000):
     """Forward and backward alone, of bodies so small that the logits are all that counts."""
     cfg = kd_forward.Config(dtype="float32")
     teacher = model(64, 1, vocab, 1).requires_grad_(False)
-    batch = common.make_batch(examples(vocab), teacher, teacher)
+    batch = common.collate(examples(vocab), teacher, teacher)
     losses = {"ours": lambda student: our_kd(student, teacher, batch, cfg),
               "textbook": lambda student: rival(textbook, student, teacher, batch, cfg)}
     training(name, losses, lambda: model(64, 1, vocab, 2))  # the gate
@@ -263,7 +263,7 @@ def loss_memory(name, vocab=152_000):
 def epoch2_cached(name):
     """Four steps of kd_forward.py --cache in its second epoch, against the same in the first."""
     cfg, teacher = kd_forward.Config(dtype="float32"), teacher_model(4000, layers=6)
-    batches = [common.make_batch(examples(4000, seed), teacher, teacher) for seed in range(4)]
+    batches = [common.collate(examples(4000, seed), teacher, teacher) for seed in range(4)]
     kept = {}
     epoch = lambda student, kept: sum(our_kd(student, teacher, b, cfg, kept) for b in batches)
     losses = {"ours": lambda student: epoch(student, kept),
@@ -283,9 +283,9 @@ def dpkd_step(name, vocab=32_000, beta=0.1):
 
     def ours(student):  # as in dpkd.draw_due and dpkd.train
         logp_student = dpkd.fixed_logprobs(teacher, drawn, cfg).to(DEVICE)
-        by_teacher = common.make_batch(chosen, student)
+        by_teacher = common.collate(chosen, student)
         logq_teacher = dpkd.response_logprobs(student, by_teacher)
-        by_student = common.make_batch(drawn, student)
+        by_student = common.collate(drawn, student)
         logq_student = dpkd.response_logprobs(student, by_student)
         losses, _ = dpkd.preference_loss(
             logq_teacher, logp_teacher, logq_student, logp_student, by_teacher.lengths,

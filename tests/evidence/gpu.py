@@ -73,7 +73,7 @@ def gradients(small):
         if how == "recompute":
             student.gradient_checkpointing_enable({"use_reentrant": False})
         cfg = kd_forward.Config(dtype="bfloat16" if how == "bf16" else "float32")
-        batch = common.make_batch(data, student, teacher)
+        batch = common.collate(data, student, teacher)
         if how == "textbook":
             loss = bench.rival(bench.textbook, student, teacher, batch, cfg)
         else:
@@ -89,7 +89,7 @@ def gradients(small):
 # kd_forward.py, except that it ends behind its first checkpoint, as if it was killed
 KILLED = """import sys, common, kd_forward
 save = common.Run.save
-common.Run.save = lambda run, step, **parts: (save(run, step, **parts), sys.exit(9))
+common.Run.save = lambda run, step: (save(run, step), sys.exit(9))
 common.main(kd_forward.train, kd_forward.Config)"""
 
 
