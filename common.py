@@ -25,14 +25,13 @@ import shutil
 import signal
 import sys
 import time
-import typing
 import warnings
 import zlib
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -141,8 +140,8 @@ def parse_args(config_class, argv=None):
         options = {"default": f.default, "help": f"{comments[name]} [{default}]".replace("%", "%%")}
         if f.type is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(f.type) is Literal:
-            options["choices"] = typing.get_args(f.type)
+        elif get_origin(f.type) is Literal:
+            options["choices"] = get_args(f.type)
         else:  # a shell expands ~ in --out ~/run, but not in --out=~/run
             kind = os.path.expanduser if f.type is str else f.type
             options |= {"type": kind, "metavar": f.type.__name__}
@@ -189,7 +188,7 @@ def check_settings(cfg, **limits):
                "seed": (0, 10**9), **dict.fromkeys(one_or_more, (1, math.inf))}
     for f in dataclasses.fields(cfg):
         value, (low, high) = getattr(cfg, f.name), limits.get(f.name, (0, 0))
-        choices = typing.get_args(f.type)  # a notebook has not checked them yet
+        choices = get_args(f.type)  # a notebook has not checked them yet
         if choices and value not in choices:
             raise BadInput(f"{f.name} {value!r}: choose one of {choices}")
         if f.name in limits and not low <= value <= high:  # nan fails too

@@ -38,7 +38,7 @@ of q's samples) falls if q drops right responses; then `wording_distance` rises.
 """
 import copy
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -145,10 +145,7 @@ def train(cfg) -> dict:
         if cfg.sync > 1 and step % cfg.sync == 0:
             sampler.load_state_dict(student.state_dict())
         asked = [data.train[i] for i in common.step_indices(len(data.train), step, cfg)]
-        with common.precision(cfg, run.device):
-            responses = common.sample(sampler, [e.prompt for e in asked], cfg.max_response,
-                                      seed=common.sample_seed(cfg.seed, step))
-        answered = [replace(e, response=y) for e, y in zip(asked, responses)]
+        answered = common.respond(sampler, asked, cfg, seed=common.sample_seed(cfg.seed, step))
         micro = common.micro_batches(answered, student, teacher, cfg)
 
         # the teacher scores them

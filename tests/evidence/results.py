@@ -270,21 +270,22 @@ def difference(first, second, metric, values):
 
 
 def fill(page, values):
-    """Write the tables between their marks `<!-- table NAME METRIC ... -->` and `<!-- end -->`, and
-    a paragraph for `<!-- differences METRIC:ROW:ROW ... -->`."""
+    """Write the tables between their marks `<!-- table NAME METRIC ... METRIC:ROW:ROW ... -->` and
+    `<!-- end -->`; METRIC:ROW:ROW asks for a difference below the table. `<!-- differences
+    METRIC:ROW:ROW ... -->` has no table."""
     def one(match):
         kind, *words = match[1].split()
+        blocks, found = [], {}
         if kind == "table":
-            text = table(words[0], words[1:], values)
-        else:
-            found = {}
-            for word in words:
-                metric, first, second = word.split(":")
-                value = difference(first, second, metric, values)
-                found.setdefault(metric, []).append(f"{first} - {second} {value}")
-            text = "Differences. " + ". ".join(
-                f"`{metric}`: " + "; ".join(items) for metric, items in found.items()) + "."
-        return f"<!-- {match[1]} -->\n{text}\n<!-- end -->"
+            metrics = [word for word in words[1:] if ":" not in word]
+            blocks.append(table(words[0], metrics, values))
+        for metric, first, second in [word.split(":") for word in words if ":" in word]:
+            value = difference(first, second, metric, values)
+            found.setdefault(metric, []).append(f"{first} - {second} {value}")
+        if found:
+            blocks.append("Differences. " + ". ".join(
+                f"`{metric}`: " + "; ".join(items) for metric, items in found.items()) + ".")
+        return f"<!-- {match[1]} -->\n" + "\n\n".join(blocks) + "\n<!-- end -->"
     return re.sub(r"<!-- ((?:table|differences) .*?) -->\n.*?<!-- end -->", one, page, flags=re.S)
 
 
