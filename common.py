@@ -13,7 +13,6 @@ import argparse
 import atexit
 import contextlib
 import csv
-import dataclasses
 import gzip
 import hashlib
 import inspect
@@ -27,7 +26,7 @@ import sys
 import time
 import warnings
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,14 +118,13 @@ FREE = ("accum", "eval_every", "log_every", "save_every", "device", "compile", "
 
 def settings_of(config_class):
     """{name: field} of what a script's command line has."""
-    fields = dataclasses.fields(config_class)
-    return {f.name: f for f in fields if f.name not in config_class.unused}
+    return {f.name: f for f in fields(config_class) if f.name not in config_class.unused}
 
 
-def parse_args(config_class, argv=None):
+def parse_args(config_class, argv):
     """Command line -> config_class(...). --batch-size 8, --batch_size=8 and --no-compile work."""
     comments = {}
-    for source in [c for c in reversed(config_class.__mro__) if dataclasses.is_dataclass(c)]:
+    for source in [c for c in reversed(config_class.__mro__) if is_dataclass(c)]:
         comments |= re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(source), re.M)
     about = (sys.modules[config_class.__module__].__doc__ or "").split("\n\n")[0]
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
@@ -146,7 +144,6 @@ def parse_args(config_class, argv=None):
             kind = os.path.expanduser if f.type is str else f.type
             options |= {"type": kind, "metavar": f.type.__name__}
         parser.add_argument("--" + name.replace("_", "-"), **options)
-    argv = sys.argv[1:] if argv is None else argv
     words = [re.sub("^--[^=]*", lambda m: m[0].replace("_", "-"), word) for word in argv]
     resumed = parser.parse_args(words).resume
     if resumed:  # its settings are the defaults; `Run` refuses changes that alter the result
@@ -166,7 +163,7 @@ def main(train, config_class):
     for stream in (sys.stdout, sys.stderr):  # text that a terminal cannot show must not end a run
         stream.reconfigure(errors="backslashreplace")
     try:
-        train(parse_args(config_class))
+        train(parse_args(config_class, sys.argv[1:]))
         return 0
     except torch.OutOfMemoryError:
         status, reason = 1, "out of memory: raise --accum or give --recompute; --resume goes on"
@@ -186,7 +183,7 @@ def check_settings(cfg, **limits):
     limits |= {"steps": (0, math.inf), "lr": (0, 1e3), "warmup": (0, math.inf), "clip": (1e-9, 1e9),
                "weight_decay": (0, 1e3), "holdout": (0, 0.4), "eval_temperature": (0.05, 100),
                "seed": (0, 10**9), **dict.fromkeys(one_or_more, (1, math.inf))}
-    for f in dataclasses.fields(cfg):
+    for f in fields(cfg):
         value, (low, high) = getattr(cfg, f.name), limits.get(f.name, (0, 0))
         choices = get_args(f.type)  # a notebook has not checked them yet
         if choices and value not in choices:
@@ -214,11 +211,14 @@ def precision(cfg, device):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def lr_at(step, cfg):
-    """The learning rate of a step: linear warm-up, then a cosine down to a tenth of --lr."""
+def set_lr(optimizer, step, cfg):
+    """Set and return the rate of a step: linear warm-up, then a cosine down to a tenth of --lr."""
     warm = min(1.0, (step + 1) / max(1, cfg.warmup))
     progress = max(0.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
-    return cfg.lr * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    lr = cfg.lr * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
 
 
 # --- Several processes: torchrun --nproc_per_node=N script.py -------------------------------------
@@ -251,13 +251,11 @@ def join_processes(wanted):
 
 
 def all_reduce_sum(x):
-    """The sum of a number or tensor over all processes, in the form it came in."""
-    if processes()[1] == 1:
-        return x
-    t = torch.as_tensor(x, dtype=None if torch.is_tensor(x) else torch.float64).detach().clone()
-    t = t.cuda() if dist.get_backend() == "nccl" else t
-    dist.all_reduce(t)
-    return t if torch.is_tensor(x) else type(x)(t.item())
+    """The sum of a number over all processes."""
+    numbers = [x] * processes()[1]  # one of each process
+    if len(numbers) > 1:
+        dist.all_gather_object(numbers, x)
+    return sum(numbers)
 
 
 def from_process_0(make):
@@ -268,10 +266,10 @@ def from_process_0(make):
     return box[0]
 
 
-def reduce_gradients(model, *sums):
-    """Add up the gradients of all processes, and in place the tensors `sums` for the log."""
+def reduce_gradients(model, totals):
+    """Add up, in place, the gradients of all processes and the tensor `totals` for the log."""
     if processes()[1] > 1:
-        tensors = [p.grad for p in model.parameters() if p.grad is not None] + list(sums)
+        tensors = [p.grad for p in model.parameters() if p.grad is not None] + [totals]
         flat = parameters_to_vector(tensors)  # one message, not one for each parameter
         dist.all_reduce(flat)
         vector_to_parameters(flat, tensors)
@@ -289,7 +287,7 @@ class Run:
 
     def __init__(self, cfg, script):
         self.cfg, self.script = cfg, Path(script)
-        self.t0, self.seconds, self.stop, self.board = time.time(), 0.0, 0, None
+        self.stop, self.board = 0, None
         self.device = join_processes(cfg.device)
         default = f"out/{self.script.stem}-{datetime.now():%Y%m%d-%H%M%S}"
         self.dir = from_process_0(lambda: Path(cfg.resume or cfg.out or default))
@@ -317,7 +315,7 @@ class Run:
         """Create the directory, or load the checkpoint of --resume. `data` is a hash of the data: a
         resumed run must go on with the same. `parts`, which have state_dict and load_state_dict,
         are what a checkpoint holds. Returns the number of steps that are done."""
-        self.parts, first, (rank, n) = parts, 0, processes()
+        self.parts, first, seconds, (rank, n) = parts, 0, 0.0, processes()
         if n > 1:
             torch.manual_seed(self.cfg.seed + rank)  # dropout differs between processes
         if self.cfg.resume and saved_settings(self.dir).get("data_hash") != data:
@@ -328,7 +326,7 @@ class Run:
                 state = torch.load(file, map_location="cpu", weights_only=True)
                 for key, part in parts.items():
                     part.load_state_dict(state["parts"][key])
-                first, self.seconds = state["step"], state["seconds"]
+                first, seconds = state["step"], state["seconds"]
                 if rank == 0:
                     torch.set_rng_state(state["rng"])
                     if self.device.type == "cuda" and state["cuda_rng"] is not None:
@@ -336,9 +334,7 @@ class Run:
             print(f"resumed from {file} at step {first}")
         if rank == 0:
             self.write_settings(first, data)
-        if n > 1:
-            dist.barrier()
-        self.t0 = time.time()
+        self.t0 = time.time() - seconds  # `seconds` were spent before the run was resumed
         with contextlib.suppress(ValueError):  # a thread of a notebook cannot catch signals
             for number in (signal.SIGINT, signal.SIGTERM) if first < self.cfg.steps else ():
                 signal.signal(number, lambda number, frame: setattr(self, "stop", number))
@@ -360,10 +356,6 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(self.dir, purge_step=first)
 
-    def elapsed(self):
-        """Seconds of this run, including those before it was resumed."""
-        return self.seconds + time.time() - self.t0
-
     def log(self, step, **values):
         """A line to log.jsonl and one to the screen. BadInput if the loss is not finite."""
         if not math.isfinite(values.get("loss", 0.0)):
@@ -372,7 +364,7 @@ class Run:
         print(f"step {step:5d}/{self.cfg.steps}  {'  '.join(shown[:9])}", flush=True)
         if processes()[0] == 0:
             with open(self.dir / "log.jsonl", "a") as f:
-                line = {"step": step, "seconds": round(self.elapsed(), 2), **values}
+                line = {"step": step, "seconds": round(time.time() - self.t0, 2), **values}
                 f.write(json.dumps(line) + "\n")
             for k, v in values.items() if self.board else ():
                 self.board.add_scalar(k, v, values.get("round", step))
@@ -408,18 +400,17 @@ class Run:
 
     def save(self, step):
         """Write checkpoint.pt. A weight that is not finite is never saved."""
-        for model in [x for x in self.parts.values() if isinstance(x, torch.nn.Module)]:
-            if not all(bool(p.isfinite().all()) for p in model.parameters()):
-                self.fail(step, "a weight is no longer a finite number")
+        if not all(p.isfinite().all() for p in self.parts["student"].parameters()):
+            self.fail(step, "a weight is no longer a finite number")
         if processes()[0] == 0:
             cuda_rng = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
             write(self.dir / "checkpoint.pt", {
-                "step": step, "seconds": self.elapsed(), "rng": torch.get_rng_state(),
+                "step": step, "seconds": time.time() - self.t0, "rng": torch.get_rng_state(),
                 "cuda_rng": cuda_rng, "parts": {k: v.state_dict() for k, v in self.parts.items()}})
 
     def finish(self, student, columns, meanings, generations=()):
-        """Print the table of `columns` {name: metrics}; save the student, generations.jsonl and
-        result.json."""
+        """Print `columns` {name: metrics}, a line for each metric that has a meaning; save the
+        student, generations.jsonl and result.json."""
         peak = 0.0
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
@@ -429,9 +420,13 @@ class Run:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         result = {f"{name}.{k}": round(v, 6) for name, m in columns.items() for k, v in m.items()}
         result |= {"script": self.script.stem, "steps": self.cfg.steps,
-                   "seconds": round(self.elapsed(), 1), "peak_gib": round(peak, 3),
+                   "seconds": round(time.time() - self.t0, 1), "peak_gib": round(peak, 3),
                    "torch": torch.__version__, "transformers": transformers.__version__}
-        print(table(columns, meanings))
+        print("\n" + " " * 18 + "".join(f"{name:>10}" for name in columns))
+        for k, meaning in meanings.items():
+            if any(k in m for m in columns.values()):
+                cells = [f"{m[k]:10.3f}" if k in m else " " * 10 for m in columns.values()]
+                print(f"{k:<18}{''.join(cells)}   {meaning}")
         if processes()[0] == 0:
             with blaming(f"{self.dir}: the result cannot be written there"):
                 student.save_pretrained(self.dir / "student")
@@ -441,18 +436,8 @@ class Run:
                 write(self.dir / "result.json", json.dumps(result, indent=1))
         if processes()[1] > 1:
             dist.barrier()
-        print(f"\n{self.elapsed():.0f} s. {self.dir} holds student/ and result.json", flush=True)
+        print(f"\n{result['seconds']:.0f} s. {self.dir} holds student/ and result.json", flush=True)
         return result
-
-
-def table(columns, meanings):
-    """{name: metrics}, {metric: its meaning} -> a line for each metric that has a meaning."""
-    lines = ["", " " * 18 + "".join(f"{name:>10}" for name in columns)]
-    for k, meaning in meanings.items():
-        if any(k in m for m in columns.values()):
-            cells = [f"{m[k]:10.3f}" if k in m else " " * 10 for m in columns.values()]
-            lines.append(f"{k:<18}{''.join(cells)}   {meaning}")
-    return "\n".join(lines)
 
 
 def write(path, content):
@@ -987,7 +972,10 @@ def pack(texts, tokenizer, length, split=None, holdout=0.0):
         chosen = []
         for text in batch["text"]:
             known = hashlib.sha1(text.encode()).digest()[:8]
-            if text.strip() and known not in seen and split in (None, split_of(text, holdout)):
+            # the split is a function of the text alone, so the same for every seed
+            draw, cut = zlib.crc32(text.encode()) % 1000, 1000 * holdout
+            own = "test" if draw < cut else "valid" if draw < 2 * cut else "train"
+            if text.strip() and known not in seen and split in (None, own):
                 chosen.append(text)
                 seen.add(known)
         tokens = rest + [t for ids in tokenize(tokenizer, chosen) for t in ids + [eos]]
@@ -997,12 +985,6 @@ def pack(texts, tokenizer, length, split=None, holdout=0.0):
 
     packed = texts.map(blocks, batched=True, batch_size=10_000, remove_columns="text")
     return packed.with_format("numpy")["tokens"] if len(packed) else []
-
-
-def split_of(text, holdout):
-    """The split of a document: a function of its text alone, so the same for every seed."""
-    draw, cut = zlib.crc32(text.encode()) % 1000, 1000 * holdout
-    return "test" if draw < cut else "valid" if draw < 2 * cut else "train"
 
 
 # --- Batches --------------------------------------------------------------------------------------
@@ -1024,10 +1006,6 @@ class Batch:
     decoder_tokens: torch.Tensor = None
     examples: list = None
     for_teacher: "Batch" = None  # the same responses, after the prompts that the teacher reads
-
-    def to(self, device):
-        tensors = {k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)}
-        return dataclasses.replace(self, **tensors)
 
 
 def pad(lists, left=False):
@@ -1061,7 +1039,9 @@ def collate(examples, model, teacher=None):
         tokens = pad([p + r for p, r in zip(prompts, responses)])
         positions = owner * tokens.shape[1] + before[owner] - 1 + place  # at the token before
     batch = Batch(tokens, positions, targets, owner, lengths, mask, decoder_tokens, examples)
-    batch = batch.to(model.device)
+    for name, value in vars(batch).items():
+        if torch.is_tensor(value):
+            setattr(batch, name, value.to(model.device))
     if teacher:
         batch.for_teacher = collate(examples, teacher)
     return batch
@@ -1181,7 +1161,7 @@ def sample(model, prompts, max_new, temperature=1.0, warpers=(), seed=0, batch_s
     was_training = model.training
     model.eval()
     generator = torch.Generator(model.device).manual_seed(seed)
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     config, out = decoder_config(model), [None] * len(prompts)
     # keys and values take 16 GiB at most; never what is free now, for a draw depends on its batch
     length = max(map(len, prompts), default=0) + max_new
@@ -1206,6 +1186,7 @@ def sample_batch(model, prompts, max_new, temperature, warpers, generator):
     lengths = torch.tensor([len(p) for p in prompts], device=device)                 # (B,)
     at = torch.arange(prompt.shape[1], device=device)
     mask = (at < lengths[:, None] if encdec else at >= len(at) - lengths[:, None]).long()
+    decoder = model.get_decoder() if encdec else model.base_model
     cache, memory = DynamicCache(config=config), None
     if encdec:
         memory = model.get_encoder()(input_ids=prompt, attention_mask=mask)[0]
@@ -1217,13 +1198,10 @@ def sample_batch(model, prompts, max_new, temperature, warpers, generator):
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for t in range(max_new):
         if encdec:
-            hidden = model.get_decoder()(
-                input_ids=tokens, encoder_hidden_states=memory, encoder_attention_mask=mask,
-                past_key_values=cache, use_cache=True)[0]
+            inputs = {"encoder_hidden_states": memory, "encoder_attention_mask": mask}
         else:
-            hidden = model.base_model(
-                input_ids=tokens, attention_mask=mask, position_ids=position_ids,
-                past_key_values=cache, use_cache=True)[0]
+            inputs = {"attention_mask": mask, "position_ids": position_ids}
+        hidden = decoder(input_ids=tokens, past_key_values=cache, use_cache=True, **inputs)[0]
         logits = logits_of(model, for_head(model, hidden[:, -1]))                    # (B,V)
         if temperature > 0:
             logits = logits / temperature
@@ -1258,15 +1236,15 @@ def respond(model, examples, cfg, temperature=1.0, seed=0):
     prompts = [e.prompt_of(model) for e in examples]
     with precision(cfg, model.device):
         responses = sample(model, prompts, cfg.max_response, temperature, seed=seed)
-    return [dataclasses.replace(e, response=r) for e, r in zip(examples, responses)]
+    return [replace(e, response=r) for e, r in zip(examples, responses)]
 
 
 def teacher_responses(teacher, examples, cfg):
     """The examples with the teacher's responses, drawn once at temperature 1. They are kept on disk
     under teacher, prompts and seed, so that the next run need not wait for them."""
-    weights = [p.detach().flatten()[::max(1, p.numel() // 64)] for p in teacher.parameters()]
+    weights = [p.flatten()[::max(1, p.numel() // 64)].tolist() for p in teacher.parameters()]
     eos = teacher.tokenizer.eos_token_id
-    key = hash_of([[w.tolist() for w in weights], str(teacher.config), str(teacher.dtype),
+    key = hash_of([weights, str(teacher.config), str(teacher.dtype),
                    [e.teacher_prompt for e in examples], eos, cfg.max_response, cfg.seed])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     file = cache / "kd-of-language-models" / f"responses-{key}.json"
@@ -1280,7 +1258,7 @@ def teacher_responses(teacher, examples, cfg):
                 write(file, json.dumps([e.response for e in answered]))
         return json.loads(file.read_text())
 
-    answered = [dataclasses.replace(e, response=r) for e, r in zip(examples, from_process_0(ask))]
+    answered = [replace(e, response=r) for e, r in zip(examples, from_process_0(ask))]
     n_cut = sum(e.response[-1] != eos for e in answered)
     print(f"teacher responses: {len(answered)}, {n_cut} of them cut at --max-response", flush=True)
     return answered
@@ -1309,8 +1287,7 @@ def rouge_l(candidate, references):
         b = re.findall(r"\w+", reference.lower())
         common = [0] * (len(b) + 1)  # of a so far and each beginning of b, see below
         for word in a:
-            last = common  # longest common subsequence by dynamic programming
-            common = [0]
+            last, common = common, [0]  # longest common subsequence by dynamic programming
             for j, other in enumerate(b):
                 common.append(last[j] + 1 if word == other else max(last[j + 1], common[j]))
         best = max(best, 2 * common[-1] / max(1, len(a) + len(b)))
@@ -1419,7 +1396,7 @@ class Evaluator:
     def right_mass(self, model, tau):
         """(rows, wordings): the exact probability of every right response."""
         ids = lambda text: model.tokenizer(text, add_special_tokens=False).input_ids
-        right = [dataclasses.replace(e, response=ids(r) + [model.tokenizer.eos_token_id])
+        right = [replace(e, response=ids(r) + [model.tokenizer.eos_token_id])
                  for e in self.examples for r in e.row["references"]]
         at_tau = lambda logits, _, targets: (log_softmax_at(logits / tau, targets),)
         logprobs = per_response(at_tau, model, right, self.cfg)

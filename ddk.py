@@ -79,11 +79,6 @@ def domain_gap(student_ce, teacher_ce):
     return (student_ce - teacher_ce).clamp(max=700).exp()  # exp(710) is infinite
 
 
-def prior(gap):
-    """Eq. 1, as logarithms. (D,) -> (D,)."""
-    return gap.log_softmax(-1)
-
-
 def mixture(log_shares, gap, smoothing):
     """Eq. 2 on logarithms, because exp(gap) itself would overflow. (D,), (D,) -> (D,)."""
     log_psi = (log_shares + gap).log_softmax(-1)  # old shares times exp(gap), then normalised
@@ -176,11 +171,11 @@ def load_domains(cfg, sources, student, teacher):
     """SimpleNamespace(names, train, valid, test, before, hash). train: {name: token sequences, on
     disk}; valid, test: {name: Examples}, at most --gap-rows, --eval-rows; before: [BOS] or []."""
     before = common.around(student.tokenizer)[0]  # [BOS], for a tokenizer that has one
-    for model, role in ((student, "student"), (teacher, "teacher")):
-        context = model and common.context_of(model)
-        if model and common.is_encdec(model):
+    for model in filter(None, (student, teacher)):
+        role, context = model.role, common.context_of(model)
+        if common.is_encdec(model):
             raise common.BadInput(f"--{role}: DDK trains on plain text: name a decoder-only model")
-        if model and len(model.tokenizer) > len(model.get_input_embeddings().weight):
+        if len(model.tokenizer) > len(model.get_input_embeddings().weight):
             raise common.BadInput(f"--{role}: its tokenizer has more tokens than its embedding: "
                                   "call resize_token_embeddings on that model")
         if context and len(before) + cfg.max_tokens > context:
@@ -309,16 +304,15 @@ def train(cfg) -> dict:
                 run.fail(step, "the cross entropy of a domain is no longer a finite number")
         if new_interval:
             gap = domain_gap(student_ce, teacher_ce)
-            first = step == 0 or cfg.mix == "no-smoothing"
-            sampler.log_shares = (prior(gap) if first
-                                  else mixture(sampler.log_shares, gap, cfg.smoothing))
+            if step == 0 or cfg.mix == "no-smoothing":
+                sampler.log_shares = gap.log_softmax(-1)                                # Eq. 1
+            else:
+                sampler.log_shares = mixture(sampler.log_shares, gap, cfg.smoothing)    # Eq. 2
         # interval 0 does not use r_0: it draws by domain size
         shares = sampler.log_shares.exp() if steered and step >= cfg.interval else fixed
         if measured:
             run.evaluated(step, metrics(names, student_ce, teacher_ce, shares))
-        lr = common.lr_at(step, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = common.set_lr(optimizer, step, cfg)
 
         rank, n = common.processes()  # under torchrun each process takes every n-th sequence
         drawn = sampler.draw(step, cfg.batch_size, shares)[rank::n]

@@ -150,17 +150,6 @@ def fresh_pairs(teacher, student, examples, cfg):
     return evaluate
 
 
-def load_corpus(cfg, tokenizer):
-    """(the corpus in blocks of --max-response tokens, the tokens before each block: BOS or EOS)."""
-    if cfg.lm_coef == 0:
-        return [], []
-    blocks = common.pack(common.documents(cfg.corpus), tokenizer, cfg.max_response)
-    if not len(blocks):
-        raise common.BadInput(f"--corpus {cfg.corpus}: it has fewer tokens than --max-response "
-                              f"{cfg.max_response}")
-    return blocks, common.around(tokenizer)[0] or [tokenizer.eos_token_id]
-
-
 # --- The loop -------------------------------------------------------------------------------------
 def train(cfg) -> dict:
     """One run: it fills its directory and returns its final metrics."""
@@ -178,7 +167,13 @@ def train(cfg) -> dict:
     rows, device = common.load_rows(cfg), run.device
     student, teacher = common.load_pair(cfg, device)
     data = common.load_data(cfg, rows, student, teacher)
-    corpus, before_text = load_corpus(cfg, student.tokenizer)
+    tokenizer, corpus = student.tokenizer, []
+    if cfg.lm_coef > 0:  # blocks of --max-response tokens; BOS or EOS stands before each
+        corpus = common.pack(common.documents(cfg.corpus), tokenizer, cfg.max_response)
+        before_text = common.around(tokenizer)[0] or [tokenizer.eos_token_id]
+        if not len(corpus):
+            raise common.BadInput(f"--corpus {cfg.corpus}: it has fewer tokens than --max-response "
+                                  f"{cfg.max_response}")
     if cfg.steps:  # the teacher's response to every training prompt, and its log p, never change
         examples = common.teacher_responses(teacher, data.train, cfg)
         logp_of_teacher = fixed_logprobs(teacher, examples, cfg).to(device)
@@ -201,9 +196,7 @@ def train(cfg) -> dict:
         if step % cfg.eval_every == 0:
             metrics = {**evaluate_fresh(), **evaluate(student)}
             run.evaluated(step, metrics, evaluate.generations)
-        lr = common.lr_at(step, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = common.set_lr(optimizer, step, cfg)
 
         ids = common.step_indices(len(examples), step, cfg)
         ids.sort(key=lambda i: len(examples[i].prompt) + len(examples[i].response))  # less padding

@@ -185,7 +185,7 @@ def read_sample(row, where, task):
             raise common.BadInput(f"{where}: the label {label!r} is none of {', '.join(words)}")
         label = words[int(label)]  # a class number
     right = [str(x) for x in (label if isinstance(label, list) else [label])] or [""]
-    known = {k: row[k] for k in ("topic", "weight", "tail") if k in row}
+    known = {k: row[k] for k in ("weight", "tail") if k in row}
     return {**student_row(task, {**sample, "label": right[0]}), "references": right,
             "where": where, **known}
 
@@ -290,9 +290,8 @@ def coverage(samples, topics):
     for s in samples:
         if "topic" not in s:
             text = " ".join(v for k, v in s["sample"].items() if k != "label")
-            fitting = [t["topic"] for t in topics
-                       if any(re.fullmatch(p, text) for p in t["patterns"])]
-            s["topic"] = fitting[0] if fitting else None
+            s["topic"] = next((t["topic"] for t in topics
+                               if any(re.fullmatch(p, text) for p in t["patterns"])), None)
     found = [s["topic"] for s in samples if s["topic"]]
     rare = {t["topic"] for t in topics if t["tail"]}
     return {"modes": float(sum(found.count(t) >= 10 for t in set(found))),
@@ -490,9 +489,7 @@ def train_student(student, optimizer, examples, evaluate, start, cfg, run):
     for step in range(start, cfg.steps):
         if step % cfg.eval_every == 0:
             run.evaluated(step, evaluate())
-        lr = common.lr_at(step, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = common.set_lr(optimizer, step, cfg)
 
         chosen = [examples[i] for i in common.step_indices(len(examples), step, cfg)]
         micro = common.micro_batches(chosen, student, None, cfg)
@@ -551,9 +548,8 @@ def train(cfg) -> dict:
     held_out = {row["prompt"] for split in ("valid", "test") for row in splits[split]}
     print(f"data: {len(splits['train'])} training prompts, {task['shots']} of them shown to the "
           f"LLM; {len(valid)} validation, {len(test)} test rows", flush=True)
-    topics, file = [], Path(cfg.data, "topics.json")
-    if file.is_file():
-        topics = json.loads(file.read_text())
+    file = Path(cfg.data, "topics.json")
+    topics = json.loads(file.read_text()) if file.is_file() else []
 
     def encode(samples):
         rows = [student_row(task, s["sample"]) for s in samples]

@@ -94,9 +94,7 @@ def mean_of_others(returns, lengths, total, count):
 
 
 def policy_weights(gain, logprobs, sampler_logprobs):
-    """Eqs. 4 and 5 -> (r,). gain = G - baseline. sampler_logprobs None: on policy, so ratio 1."""
-    if sampler_logprobs is None:
-        return gain.detach()
+    """Eqs. 4 and 5 -> (r,). gain = G - baseline. On policy both logprobs are equal: ratio 1."""
     # only this token's ratio; an unbiased weight would need the product over the whole response
     ratio = (logprobs - sampler_logprobs).exp()
     return (ratio * gain).detach()  # without detach the gradient of the ratio would count, too
@@ -137,9 +135,7 @@ def train(cfg) -> dict:
     for step in range(start, cfg.steps):
         if step % cfg.eval_every == 0:
             run.evaluated(step, evaluate(student), evaluate.generations)
-        lr = common.lr_at(step, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = common.set_lr(optimizer, step, cfg)
 
         # the student responds to the prompts of this step
         if cfg.sync > 1 and step % cfg.sync == 0:
@@ -160,7 +156,7 @@ def train(cfg) -> dict:
             scores.append((returns_to_go(reward), state_value, advantage))
         n_responses = cfg.batch_size
         n_tokens = common.all_reduce_sum(sum(len(b.targets) for b in micro))
-        all_returns = common.all_reduce_sum(sum(returns.sum() for returns, _, _ in scores))
+        all_returns = common.all_reduce_sum(sum(returns.sum() for returns, _, _ in scores).item())
 
         # the student learns; totals: loss, advantage, nll, share of responses without an end
         totals = torch.zeros(4, device=run.device)
@@ -171,7 +167,7 @@ def train(cfg) -> dict:
             elif cfg.baseline == "mean":
                 gain = returns - mean_of_others(returns, batch.lengths, all_returns, n_tokens)
             inside = torch.arange(gain.shape[1], device=run.device) < batch.lengths[:, None]
-            gain, stale = gain[inside], None  # (B,N) -> (R,), response after response
+            gain = gain[inside]  # (B,N) -> (R,), response after response
             with common.precision(cfg, run.device):
                 student_hidden = common.response_states(student, batch)                  # (R,H)
                 if cfg.sync > 1:
@@ -180,8 +176,8 @@ def train(cfg) -> dict:
             for rows, part in common.in_chunks(student_hidden, student):
                 logits = common.logits_of(student, part)                        # (r,vocabulary)
                 logprobs = common.log_softmax_at(logits, batch.targets[rows])            # (r,)
-                weights = policy_weights(gain[rows], logprobs,
-                                         None if stale is None else stale[rows])         # (r,)
+                of_sampler = logprobs if cfg.sync == 1 else stale[rows]                  # (r,)
+                weights = policy_weights(gain[rows], logprobs, of_sampler)               # (r,)
                 loss = -(weights * logprobs).sum() / n_responses                         # Eq. 6
                 loss.backward()
                 totals[0] += loss.detach()

@@ -183,7 +183,7 @@ def test_llmr_with_lse_values_less_log_q_and_without_return_to_go_is_the_sampled
     this = to_go - F.pad(to_go[:, 1:], (0, 1))
     inside = torch.arange(5) < lengths[:, None]
     logq = common.log_softmax_at(z.requires_grad_(), targets)
-    weights = llmr.policy_weights(this[inside] - logq, logq, None)
+    weights = llmr.policy_weights(this[inside] - logq, logq, logq)
     sampled, _ = on_policy.reverse_kl_loss(z, f, targets, "sampled")
     assert torch.allclose(-weights * logq, sampled)
     gradients = [torch.autograd.grad(loss.sum(), z, retain_graph=True)[0]

@@ -98,9 +98,7 @@ def train(cfg) -> dict:
     for step in range(start, cfg.steps):
         if step % cfg.eval_every == 0:
             run.evaluated(step, evaluate(student), evaluate.generations)
-        lr = common.lr_at(step, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = common.set_lr(optimizer, step, cfg)
 
         chosen = [examples[i] for i in common.step_indices(len(examples), step, cfg)]
         micro = common.micro_batches(chosen, student, teacher, cfg)

@@ -141,9 +141,7 @@ def train(cfg) -> dict:
     for step in range(start, cfg.steps):
         if step % cfg.eval_every == 0:
             run.evaluated(step, evaluate(student), evaluate.generations)
-        lr = common.lr_at(step, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = common.set_lr(optimizer, step, cfg)
 
         # the student responds to the prompts of this step
         if cfg.sync > 1 and step % cfg.sync == 0:

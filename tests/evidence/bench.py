@@ -352,7 +352,7 @@ def llmr_update(name, vocab=32_000):
         for rows, part in common.in_chunks(common.response_states(student, batch), student):
             logits = common.logits_of(student, part)
             logprobs = common.log_softmax_at(logits, batch.targets[rows])
-            weights = llmr.policy_weights(gain[rows], logprobs, None)
+            weights = llmr.policy_weights(gain[rows], logprobs, logprobs)
             loss = -(weights * logprobs).sum() / cfg.batch_size
             loss.backward()
             total += loss.detach()
