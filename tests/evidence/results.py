@@ -251,7 +251,8 @@ def table(name, metrics, values):
     lines = [f"| row | {' | '.join(metrics)} | seconds | command |",
              "|---" * (len(metrics) + 3) + "|"]
     entries = [("teacher", first, "teacher", ""), ("start", first, "before", "")]
-    entries += [(row, row, "after", f"`python {c}`") for row, c in commands.items()]
+    entries += [(row, row, "after", f"`python {command.replace(WORDS, ' ...')}`")
+                for row, command in commands.items()]
     for label, row, part, command in entries:
         cells = []
         for metric in metrics:
