@@ -83,7 +83,7 @@ class Settings:
     teacher_template: str = ""       # the teacher's, if it differs; auto: its own chat template
     max_prompt: int = 256            # tokens; longer prompts lose their beginning
     max_response: int = 64           # tokens; longer ones lose their end; for real data 256 or more
-    holdout: float = 0.05            # of data without splits: for validation, and again for test
+    holdout: float = 0.05            # share of train that each missing split (valid, test) gets
     # optimization
     steps: int = 300                 # optimizer steps; 0 only evaluates
     batch_size: int = 64             # sequences of one optimizer step
@@ -101,7 +101,7 @@ class Settings:
     log_every: int = 20              # steps between lines of the log
     save_every: int = 500            # steps between checkpoints
     seed: int = 0                    # of data order, sampling and random weights
-    device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
+    device: str = "auto"             # auto (cuda, else cpu), cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations and of the teacher
     compile: bool = False            # torch.compile: faster steps after minutes of compiling
     recompute: bool = False          # compute activations again for the gradient: less memory
@@ -159,19 +159,19 @@ def saved_settings(directory):
 
 
 def main(train, config_class):
-    """Run a script. Exit status: 0 done, 2 bad input, 1 failed later, 130 or 143 on a signal."""
+    """Run a script. Exit status: 0 done, 2 BadInput, 1 another failure, 130 or 143 on a signal."""
     for stream in (sys.stdout, sys.stderr):  # text that a terminal cannot show must not end a run
         stream.reconfigure(errors="backslashreplace")
     try:
         train(parse_args(config_class, sys.argv[1:]))
         return 0
     except torch.OutOfMemoryError:
-        status, reason = 1, "out of memory: raise --accum or give --recompute; --resume goes on"
+        status, reason = 1, "out of memory: raise --accum, give --recompute or lower --max-response"
     except (BadInput, OSError) as e:
         status, reason = 2 if isinstance(e, BadInput) else 1, e
     except KeyboardInterrupt:
         status, reason = 130, "stopped outside of training: --resume goes on from a checkpoint"
-    if os.environ.get("RANK", "0") == "0":  # one of several processes is enough
+    if os.environ.get("RANK", "0") == "0" or status == 1:  # other reasons are the same in all
         print(f"error: {reason}", file=sys.stderr)
     return status
 
@@ -190,7 +190,8 @@ def check_settings(cfg, **limits):
             raise BadInput(f"{f.name} {value!r}: choose one of {choices}")
         if f.name in limits and not low <= value <= high:  # nan fails too
             flag = "--" + f.name.replace("_", "-")
-            raise BadInput(f"{flag} {value}: it must lie between {low} and {high}")
+            limit = f"between {low} and {high}" if high < math.inf else f"{low} or more"
+            raise BadInput(f"{flag} {value}: it must be {limit}")
     n = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size % (cfg.accum * n):
         raise BadInput(f"--batch-size {cfg.batch_size} counts the sequences of a whole optimizer "
@@ -198,7 +199,7 @@ def check_settings(cfg, **limits):
 
 
 def compute_dtype(cfg, device):
-    """--dtype auto: bf16 where CUDA has it, else fp32. Timing never decides, so runs repeat."""
+    """--dtype auto: bf16 where CUDA has it, else fp32. No speed is measured, so runs repeat."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype)
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -225,7 +226,7 @@ def set_lr(optimizer, step, cfg):
 # Every process holds both models, takes its share of each step, and evaluates; process 0 writes and
 # prints. The loops divide sums by the counts of all processes, so a wrapper (DDP) is not needed.
 def processes():
-    """(number of this process, how many there are): (0, 1) without torchrun."""
+    """(rank, number of processes): (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -233,7 +234,7 @@ def join_processes(wanted):
     """--device -> torch.device of this process. Under torchrun it joins the others."""
     n = int(os.environ.get("WORLD_SIZE", 1))
     device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-    if n > 1 and device == "cuda":
+    if n > 1 and device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     with blaming(f"--device {wanted}: it cannot be used on this machine"):
         torch.zeros(1, device=device)
@@ -341,7 +342,7 @@ class Run:
         return first
 
     def write_settings(self, first, data):
-        """settings.json and the script of a new run; the log without steps after `first`."""
+        """settings.json and the script of a new run; the log keeps the steps before `first`."""
         with blaming(f"{self.dir}: the run cannot be written there"):
             self.dir.mkdir(parents=True, exist_ok=True)
             if not self.cfg.resume:  # mode x: of two runs that start at once, the second fails
@@ -383,7 +384,7 @@ class Run:
         last = self.stop or step == self.cfg.steps
         if last or step % self.cfg.save_every == 0:
             self.save(step)
-        if last:  # all is saved, so signals act as before
+        if last:  # all is saved, so signals act as Python's defaults
             with contextlib.suppress(ValueError):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -471,7 +472,7 @@ def load_model(path, role, device, dtype=torch.float32, seed=0):
     weights are missing: transformers would fill the gaps with random numbers."""
     with blaming(f"--{role} {path}"):
         files = [f.name for f in Path(path).iterdir()] if Path(path).is_dir() else []
-        if not files and (os.path.exists(path) or path.count("/") > 1):
+        if not files and (os.path.exists(path) or len(Path(path).parts) > 2):
             raise ValueError("there is no such directory")
         if "adapter_config.json" in files:
             raise ValueError("this is an adapter: merge it into its base model first")
@@ -509,22 +510,25 @@ def load_model(path, role, device, dtype=torch.float32, seed=0):
 
 def set_eos(model, name):
     """Let EOS be what ends a response. Gemma's and Phi-3's tokenizers name the token that ends a
-    whole text; the generation config lists that and the one that ends a turn of a chat."""
+    whole text; only the generation config lists the one that ends a turn of a chat."""
     tokenizer, ends = model.tokenizer, model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends or []
-    tokens = [tokenizer.convert_ids_to_tokens(i) for i in ends if i < len(tokenizer)]
-    if len(ends) > 1:
-        tokens = [t for t in tokens if t in str(tokenizer.chat_template)]
-    if len(tokens) == 1 and tokens[0] != tokenizer.eos_token:
-        tokenizer.eos_token = tokens[0]
-        print(f"{name}: responses end with {tokens[0]}, as the generation config says")
+    ids = ends if len(ends) == 1 and ends[0] < len(tokenizer) else []
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ue000"}]
+        with contextlib.suppress(Exception):  # a template with an error is reported with the data
+            text = tokenizer.apply_chat_template(turns, tokenize=False).partition("\ue000")[2]
+            ids = [i for i in tokenizer(text, add_special_tokens=False).input_ids[:1] if i in ends]
+    if ids and ids[0] != tokenizer.eos_token_id:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[0])
+        print(f"{name}: responses end with {tokenizer.eos_token}, as the generation config says")
     if tokenizer.eos_token_id is None:
         raise BadInput(f"{name}: the tokenizer has no end-of-sequence token to end a response with")
 
 
 @torch.no_grad()
 def check_model(model, name):
-    """BadInput where our logits are not those of the model, or sampling could not cache it."""
+    """BadInput if our logits differ from the model's, or its kind of cache is not supported."""
     config, kind = decoder_config(model), type(model).__name__
     for k in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, k, None) not in (None, 0, 1):
@@ -554,7 +558,7 @@ def load_pair(cfg, device, same_tokens=True):
     """(student with fp32 weights, teacher in the compute dtype, frozen, or None), in eval mode.
 
     Heads that are padded to different sizes are cut to the smaller one, `model.vocab`, so both
-    models renormalise over the same V tokens. `same_tokens` is False where a teacher gives text.
+    models renormalise over the same V tokens. `same_tokens`: False if the teacher gives text.
     """
     student = load_model(model_path(cfg, "student"), "student", device, seed=cfg.seed)
     if is_encdec(student) and around(student.tokenizer)[0]:
@@ -598,8 +602,8 @@ def decoder_config(model):
 
 
 def no_dropout(model):
-    """Set every dropout rate to 0: the model then does the same in training mode, which --recompute
-    needs, as in eval mode."""
+    """Set every dropout rate to 0. Training mode, which --recompute needs, then gives the same
+    results as eval mode."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -651,7 +655,8 @@ def read_file(path):
                 raise ValueError(f"{len(cells)} cells under a header of {len(header)}")
             rows.append((f"{path}, line {at}", dict(zip(header, cells))))
     except (ValueError, TypeError, RecursionError, csv.Error, OSError) as e:
-        raise BadInput(f"{path}, line {at}: {e}: mend the row or remove it") from e
+        where = path if form == ".json" else f"{path}, line {at}"
+        raise BadInput(f"{where}: {e}: mend the row or remove it") from e
     return rows
 
 
@@ -685,14 +690,11 @@ def find_rows(source, names=SPLITS):
 
 
 def hold_out(splits, cfg):
-    """Fill the splits that are missing from train, by a hash of the prompt: no prompt is in two
-    splits, and they are the same for every seed. With --steps 0 a single split is all test."""
+    """Take the splits that are not given out of train, by a hash of the prompt: they are the same
+    for every seed, and no prompt is in two of them. With --steps 0 a single split is all test."""
+    if cfg.steps == 0 and len(splits) == 1:
+        splits = {"train": [], "valid": [], "test": next(iter(splits.values()))}
     rows = splits.get("train", [])
-    if cfg.steps == 0:
-        test = splits.get("test") or rows or splits.get("valid")
-        if not test:
-            raise BadInput(f"--data {cfg.data}: it holds no rows")
-        return {"train": [], "valid": [], "test": test}
     prompts = sorted({str(row["prompt"]) for row in rows}, key=lambda p: zlib.crc32(p.encode()))
     n = math.ceil(cfg.holdout * len(prompts))
     for split in ("test", "valid"):
@@ -701,7 +703,7 @@ def hold_out(splits, cfg):
             splits[split] = [r for r in rows if str(r["prompt"]) in held]
     rest = set(prompts)
     splits["train"] = [r for r in rows if str(r["prompt"]) in rest]
-    for split in ("train", "valid", "test"):
+    for split in ("train", "valid", "test") if cfg.steps else ("test",):
         if not splits[split]:
             raise BadInput(f"--data {cfg.data}: of {len(rows)} training rows none is left for "
                            f"{split}: add rows, or a file for each split, or set --holdout")
@@ -714,7 +716,7 @@ def text_in(row, column, where):
     if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int))):
         raise BadInput(f"{where}: column {column} holds a {type(value).__name__}, not a text")
     with blaming(f"{where}: column {column}"):
-        return "" if value is None else str(value).encode().decode()  # refuses half characters
+        return "" if value is None else str(value).encode().decode()  # refuses lone surrogates
 
 
 def turns_in(row, where):
@@ -849,16 +851,16 @@ def encode_prompts(rows, template, model, max_prompt):
     for row, ids in zip(rows, encoded):
         ids = before + ids + (behind if is_encdec(model) else [])
         bos = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
-        row["cut"] = len(ids) > max_prompt
-        if row["cut"]:
+        row["cut"] = row.get("cut", False) or len(ids) > max_prompt  # of either model
+        if len(ids) > max_prompt:
             ids = bos + ids[len(ids) - max_prompt + len(bos):]
         prompts.append(ids or [tokenizer.eos_token_id])  # something must come first
     return prompts
 
 
 def encode(rows, student, teacher, cfg):
-    """Rows -> Examples. A T5 ends its prompts otherwise than a decoder-only model, so student and
-    teacher may read other tokens without a template of the teacher's own, too."""
+    """Rows -> Examples. A T5's prompt ends with EOS, and a decoder-only model's does not, so their
+    tokens differ even with the same template."""
     prompts = teacher_prompts = encode_prompts(rows, cfg.template, student, cfg.max_prompt)
     if teacher and (cfg.teacher_template or is_encdec(teacher) != is_encdec(student)):
         template = cfg.teacher_template or cfg.template
@@ -900,7 +902,7 @@ def hash_of(things):
 
 
 def check_tokens(examples, student, teacher):
-    """BadInput where a token id in use is beyond an embedding, or another token to the teacher."""
+    """BadInput if a token id in use is beyond an embedding, or is another token to the teacher."""
     ours, theirs = student.tokenizer, teacher.tokenizer if teacher else student.tokenizer
     used = {ours.eos_token_id: "the end of a response"}
     for e in examples:
@@ -946,7 +948,8 @@ def documents(source):
         datasets.disable_progress_bars()
     path = Path(source).expanduser()
     files = path.rglob("*") if path.is_dir() else path.parent.glob(path.name)
-    files = sorted(str(f) for f in files if f.is_file() and f.stat().st_size)
+    files = [f for f in files if f.is_file() and f.stat().st_size and f.name[0] != "."]
+    files = sorted(map(str, files))
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix, "text")
     more = {"sample_by": "paragraph" if path.is_file() else "document"} if kind == "text" else {}
     with blaming(source):
@@ -963,7 +966,8 @@ def documents(source):
 def pack(texts, tokenizer, length, split=None, holdout=0.0):
     """Documents -> an array of blocks of `length` tokens, which `datasets` keeps on disk.
 
-    Different documents go one after the other, EOS after each; what is left at the end is dropped.
+    Documents are joined, without duplicates, with EOS after each; an incomplete last block is
+    dropped.
     With `split` only the documents of that split are used, which a hash of their text decides.
     """
     eos, seen, rest = tokenizer.eos_token_id, set(), []
@@ -1085,8 +1089,8 @@ def response_states(model, batch):
 
 
 def for_head(model, hidden):
-    """States as the output head takes them: scaled in a T5 with tied embeddings, and in autocast's
-    dtype, which a final norm with fp32 weights undoes."""
+    """The input of the output head: a T5 with tied embeddings scales it, and it gets autocast's
+    dtype again, because a final norm with fp32 weights returns fp32."""
     if getattr(model.config, "scale_decoder_outputs", False):
         hidden = hidden * model.config.d_model**-0.5
     device = hidden.device.type
@@ -1115,12 +1119,12 @@ def chunk_slices(hidden, model):
 
 
 def in_chunks(hidden, model):
-    """Yield (rows, part): a slice of the R rows, and their states (r,H), of which the caller makes
-    logits and a loss, and calls backward(). Logits of all R rows would take most of the memory.
+    """Yield (rows, part): a slice of the R rows, and their states (r,H). The caller makes logits
+    and a loss of them, and calls backward(). Logits of all R rows would take most of the memory.
 
-    The head gets its gradient at each backward(). `part` is cut off from the rest of the model,
-    which gets the gradients of all parts after the last chunk. So never leave the loop early: these
-    would be lost. Divide the loss before, by the tokens of the whole step.
+    The head gets its gradient at each backward(). `part` is detached: the rest of the model gets
+    its gradient after the last chunk. So never leave the loop early: that gradient would be lost.
+    Divide each loss by the tokens of the whole step before backward().
     """
     gradients = []
     for rows in chunk_slices(hidden, model):
@@ -1163,7 +1167,7 @@ def sample(model, prompts, max_new, temperature=1.0, warpers=(), seed=0, batch_s
     generator = torch.Generator(model.device).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     config, out = decoder_config(model), [None] * len(prompts)
-    # keys and values take 16 GiB at most; never what is free now, for a draw depends on its batch
+    # keys and values take 16 GiB at most; not the free memory: samples depend on the batch size
     length = max(map(len, prompts), default=0) + max_new
     size = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize * length
     batch_size = max(1, min(batch_size, 2**34 // size))
@@ -1179,7 +1183,7 @@ def sample(model, prompts, max_new, temperature=1.0, warpers=(), seed=0, batch_s
 
 def sample_batch(model, prompts, max_new, temperature, warpers, generator):
     """One batch of `sample`. Rows that have ended leave it, so the others go faster."""
-    device, encdec = model.device, model.config.is_encoder_decoder
+    device, encdec = model.device, is_encdec(model)
     eos, config = model.tokenizer.eos_token_id, decoder_config(model)
     # a decoder-only model continues its prompts: they are padded on the left and told positions
     prompt = pad(prompts, left=not encdec).to(device)                                # (B,P)
@@ -1207,11 +1211,7 @@ def sample_batch(model, prompts, max_new, temperature, warpers, generator):
             logits = logits / temperature
             for warp in warpers:
                 logits = warp(None, logits)
-            # the argmax with Gumbel noise is an exact draw; uniform numbers in float32 may be 0
-            uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64,
-                                 device=device)
-            exponential = uniform.neg_().log1p_().neg_().to(logits.dtype).clamp_(min=1e-30)
-            logits = logits - exponential.log_()
+            logits = logits + gumbel(logits, generator)  # the argmax is then an exact draw
         token = logits.argmax(-1)                                                    # (B,)
         for row, one in zip(alive, token.tolist()):
             if out[row][-1:] != [eos]:
@@ -1229,6 +1229,16 @@ def sample_batch(model, prompts, max_new, temperature, warpers, generator):
             position_ids = lengths[:, None] + t
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
     return out
+
+
+def gumbel(like, generator):
+    """Gumbel noise of that shape: -log of an exponential variable, clamped: it can be 0."""
+    if like.device.type == "cpu":  # the numbers of exponential_, in a third of its time
+        uniform = torch.rand(like.shape, generator=generator, dtype=torch.float64)
+        noise = uniform.neg_().log1p_().neg_().to(like.dtype)
+    else:
+        noise = torch.empty_like(like).exponential_(generator=generator)
+    return noise.clamp_(min=1e-30).log_().neg_()
 
 
 def respond(model, examples, cfg, temperature=1.0, seed=0):
@@ -1285,12 +1295,12 @@ def rouge_l(candidate, references):
     a, best = re.findall(r"\w+", candidate.lower()), 0.0
     for reference in references:
         b = re.findall(r"\w+", reference.lower())
-        common = [0] * (len(b) + 1)  # of a so far and each beginning of b, see below
+        lcs = [0] * (len(b) + 1)  # longest common subsequence of a so far and the first j of b
         for word in a:
-            last, common = common, [0]  # longest common subsequence by dynamic programming
+            last, lcs = lcs, [0]
             for j, other in enumerate(b):
-                common.append(last[j] + 1 if word == other else max(last[j + 1], common[j]))
-        best = max(best, 2 * common[-1] / max(1, len(a) + len(b)))
+                lcs.append(last[j] + 1 if word == other else max(last[j + 1], lcs[j]))
+        best = max(best, 2 * lcs[-1] / max(1, len(a) + len(b)))
     return best
 
 
@@ -1341,14 +1351,14 @@ class Evaluator:
     student's logits are divided by it. `generations` is what the model wrote at the last call.
     """
 
-    def __init__(self, cfg, teacher, examples, seed=1234):
-        self.cfg, self.teacher, self.examples, self.seed = cfg, teacher, examples, seed
+    def __init__(self, cfg, teacher, examples):
+        self.cfg, self.teacher, self.examples, self.seed = cfg, teacher, examples, 1234
         self.given = self.from_teacher = [e for e in examples if e.response]
         self.generations, counts = [], {len(e.row["probs"]) for e in examples}
         # all right responses are known, and equally many of each prompt
         self.known = len(counts) == 1 and 0 not in counts
         if teacher and cfg.kl_on == "samples":
-            self.from_teacher = respond(teacher, examples, cfg, 1.0, seed)
+            self.from_teacher = respond(teacher, examples, cfg, 1.0, self.seed)
         if teacher and self.known:
             self.teacher_shares = self.shares(self.right_mass(teacher, 1.0))
 

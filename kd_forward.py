@@ -24,7 +24,7 @@ training loss, a mean over tokens, can mislead: with --alpha 0 it falls while kl
 the student memorises the given responses.
 
     python kd_forward.py                                 KD on the given responses
-    python kd_forward.py --alpha 0                       SFT, supervised fine-tuning, no teacher
+    python kd_forward.py --alpha 0                       SFT, supervised fine-tuning: no KL
     python kd_forward.py --alpha 0 --responses teacher   SeqKD: learn the teacher's responses
     python kd_forward.py --responses teacher             KD on the teacher's responses: lowest kl_pq
     python kd_forward.py --steps 0                       only evaluate
@@ -46,7 +46,7 @@ class Config(common.Settings):
     alpha: float = 1.0               # weight of the KL; CE gets 1 - alpha; try .5 on human text
     tau: float = 1.0                 # temperature of both softmaxes; above 1 lifts rare tokens
     responses: Literal["data", "teacher"] = "data"  # the given ones, or the teacher's own
-    cache: bool = False              # keep teacher states, so the teacher runs in epoch 1 only
+    cache: bool = False              # keep teacher states in memory: it reads an example once
 
 
 # --- The method -----------------------------------------------------------------------------------
@@ -71,8 +71,8 @@ def kd_loss(student_logits, teacher_logits, targets, alpha, tau):
 
 
 def cached_states(teacher, batch, kept):
-    """The teacher's hidden states (R,H) of a batch. Epoch 1 fills `kept` {example: states}, later
-    epochs reuse it: responses never change, and the output head makes the same logits again."""
+    """The teacher's hidden states (R,H) of a batch. New examples go into `kept` {example: states},
+    and later epochs reuse it: responses never change, and the head makes the same logits again."""
     if not all(e in kept for e in batch.examples):
         hidden = common.response_states(teacher, batch.for_teacher)
         kept.update(zip(batch.examples, hidden.cpu().split(batch.lengths.tolist())))

@@ -352,6 +352,13 @@ def test_steps_0_scores_all_rows_of_a_single_split_once(name, pair, tmp_path, mo
     assert result["before.ce"] == result["after.ce"] and "21 test rows" in capsys.readouterr().out
 
 
+def test_steps_0_scores_the_test_rows_of_a_normal_run(tmp_path):
+    for split, n in (("train", 40), ("valid", 5)):
+        write_rows(tmp_path / f"{split}.jsonl", rows_of(n, prompt=split + " {i}", response="a"))
+    of = lambda steps: common.load_rows(kd_forward.Config(data=str(tmp_path), steps=steps))["test"]
+    assert of(0) == of(9) and len(of(0)) == 2
+
+
 @pytest.mark.parametrize("script", ["llmr", "dpkd", "kd_forward"])
 def test_prompts_alone_are_enough_where_the_models_respond(script, any_root, tmp_path, capsys):
     write_rows(tmp_path / "d.jsonl", rows_of(60, prompt="the {i}"))
@@ -463,7 +470,8 @@ def test_a_template_that_writes_the_date_gives_the_same_prompt_every_day(read, e
     (None, 0, "<|endoftext|>"), (None, 5, "%"),     # one id that differs from the tokenizer's
     (None, [0, 5], "<|endoftext|>"), (None, 50256, "<|endoftext|>"),  # the tokenizer has no such id
     (CHATML, [0, 321], "<|im_end|>"), (CHATML, 321, "<|im_end|>"),
-    (CHATML, [0, 58], "<|endoftext|>"), (CHATML, None, "<|endoftext|>")])
+    (CHATML, [0, 320, 321], "<|im_end|>"),  # as in Phi-3, where a turn begins with one of them
+    (CHATML, [0, 5], "<|endoftext|>"), (CHATML, None, "<|endoftext|>")])
 def test_a_response_ends_with_what_the_generation_config_and_the_chat_template_say(
         template, listed, end, edited):
     path = edited("student", chat(template), values("generation_config.json", eos_token_id=listed))
