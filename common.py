@@ -1291,7 +1291,7 @@ MEANINGS = {
 
 
 def rouge_l(candidate, references):
-    """ROUGE-L F1 in 0..1 (Lin 2004) of words in any script, the best over the references."""
+    """ROUGE-L F1, 0 to 1 (Lin 2004), of words (a Chinese clause is one), for the best reference."""
     a, best = re.findall(r"\w+", candidate.lower()), 0.0
     for reference in references:
         b = re.findall(r"\w+", reference.lower())

@@ -369,6 +369,26 @@ def test_prompts_alone_are_enough_where_the_models_respond(script, any_root, tmp
     assert "0 with a response" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("form", ["d.txt", "d.jsonl", "d.parquet", "saved", "folder", "*.txt"])
+def test_running_text_of_every_form_gives_the_same_blocks(form, tmp_path):
+    """EOS stands after each document. One that comes again is dropped, and so is what is left."""
+    texts, path = ["the cat\nsat", "a dog ran", "the cat\nsat", "sat sat sat"], tmp_path / form
+    path.write_text("\n\n".join(texts)) if form == "d.txt" else None
+    write_rows(path, [{"text": t, "n": 1} for t in texts]) if form == "d.jsonl" else None
+    if form in ("d.parquet", "saved"):
+        import datasets
+        made = datasets.Dataset.from_list([{"text": t} for t in texts])
+        made.to_parquet(path) if form == "d.parquet" else made.save_to_disk(path)
+    for i, text in enumerate(texts if form in ("folder", "*.txt") else ()):
+        folder = path if form == "folder" else tmp_path
+        folder.mkdir(exist_ok=True)
+        (folder / f"{i}.txt").write_text(text)
+        (folder / ".hidden").write_bytes(b"\xff")
+    whole = sum((ids(texts[i]) + [0] for i in (0, 1, 3)), [])
+    blocks = common.pack(common.documents(path), small_tokenizer(), 5)
+    assert [list(b) for b in blocks] == [whole[i:i + 5] for i in range(0, len(whole) - 4, 5)]
+
+
 # --- From rows to token ids ---------------------------------------------------------------------
 def test_a_plain_row_is_the_prompt_a_line_break_and_the_response_with_eos(read):
     """The text of EOS in a row is no EOS. A null response is none."""
