@@ -13,6 +13,7 @@ import argparse
 import atexit
 import contextlib
 import csv
+import functools
 import gzip
 import hashlib
 import inspect
@@ -94,7 +95,7 @@ class Settings:
     clip: float = 1.0                # largest gradient norm
     # evaluation
     eval_every: int = 100            # steps between evaluations on validation rows
-    eval_rows: int = 500             # test rows to evaluate on, at most; validation: at most 200
+    eval_rows: int = 500             # most test rows (all with --steps 0 on one file); 200 of valid
     eval_temperature: float = 1.0    # of the student's distribution that is evaluated
     kl_on: Literal["samples", "references"] = "samples"  # KL on samples or on given responses
     # system
@@ -145,8 +146,7 @@ def parse_args(config_class, argv):
             options |= {"type": kind, "metavar": f.type.__name__}
         parser.add_argument("--" + name.replace("_", "-"), **options)
     words = [re.sub("^--[^=]*", lambda m: m[0].replace("_", "-"), word) for word in argv]
-    resumed = parser.parse_args(words).resume
-    if resumed:  # its settings are the defaults; `Run` refuses changes that alter the result
+    if resumed := parser.parse_args(words).resume:  # `Run` refuses what would alter the result
         saved, names = saved_settings(resumed), settings_of(config_class)
         parser.set_defaults(**{k: v for k, v in saved.items() if k in names})
     return config_class(**vars(parser.parse_args(words)))
@@ -186,12 +186,13 @@ def check_settings(cfg, **limits):
     for f in fields(cfg):
         value, (low, high) = getattr(cfg, f.name), limits.get(f.name, (0, 0))
         choices = get_args(f.type)  # a notebook has not checked them yet
+        if not choices and not isinstance(value, (int, float) if f.type is float else f.type):
+            raise BadInput(f"{f.name} {value!r}: a value of type {f.type.__name__} is wanted")
         if choices and value not in choices:
             raise BadInput(f"{f.name} {value!r}: choose one of {choices}")
         if f.name in limits and not low <= value <= high:  # nan fails too
-            flag = "--" + f.name.replace("_", "-")
             limit = f"between {low} and {high}" if high < math.inf else f"{low} or more"
-            raise BadInput(f"{flag} {value}: it must be {limit}")
+            raise BadInput(f"--{f.name.replace('_', '-')} {value}: it must be {limit}")
     n = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size % (cfg.accum * n):
         raise BadInput(f"--batch-size {cfg.batch_size} counts the sequences of a whole optimizer "
@@ -303,7 +304,7 @@ class Run:
                     raise BadInput(f"--resume {cfg.resume}: {k} was {saved.get(k)} and is {new} "
                                    "now, which changes the result: start a new run")
         elif any((self.dir / name).exists() for name in ("settings.json", "student")):
-            raise BadInput(f"--out {cfg.out} holds a run or a model: choose another directory, or "
+            raise BadInput(f"--out {self.dir} holds a run or a model: choose another directory, or "
                            "go on with --resume")
         for k in names:
             mark = " " if getattr(cfg, k) == names[k].default else "*"
@@ -513,7 +514,8 @@ def set_eos(model, name):
     whole text; only the generation config lists the one that ends a turn of a chat."""
     tokenizer, ends = model.tokenizer, model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends or []
-    ids = ends if len(ends) == 1 and ends[0] < len(tokenizer) else []
+    # a plain token would be a default of config.json that does not belong to this tokenizer
+    ids = [i for i in ends if len(ends) == 1 and i in tokenizer.added_tokens_decoder]
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ue000"}]
         with contextlib.suppress(Exception):  # a template with an error is reported with the data
@@ -740,8 +742,9 @@ def read_row(row, where, cfg):
     """A raw row -> {prompt: a text or messages, response: a text or "", references: all right
     responses, if they are known, probs: how probable each is, columns: the raw row, where}."""
     turns, template = turns_in(row, where), "{prompt}" if cfg.template == "auto" else cfg.template
-    if not SLOT.search(template):
-        raise BadInput(f"--template {template!r} names no column, so all prompts would be the same")
+    for text in (template, cfg.teacher_template):
+        if text not in ("", "auto") and not SLOT.search(text):
+            raise BadInput(f"template {text!r} names no column, so all prompts would be the same")
     wanted = [] if turns and cfg.template == "auto" else SLOT.findall(template)
     for column in wanted + SLOT.findall(cfg.teacher_template):
         if column not in row:
@@ -813,10 +816,17 @@ def around(tokenizer):
     return whole[:at], whole[at + len(bare):]
 
 
+@functools.cache
+def special_tokens(tokenizer):
+    """A pattern that finds the texts of all special tokens, also of those without a name."""
+    found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    found = sorted({*found, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, found)))
+
+
 def plain(text, tokenizer):
     """A user's words: the text of a special token gets a blank, so that it is read as text."""
-    special = "|".join(map(re.escape, tokenizer.all_special_tokens))
-    return re.sub(special, lambda m: f"{m[0][:1]} {m[0][1:]}", text)
+    return special_tokens(tokenizer).sub(lambda m: f"{m[0][:1]} {m[0][1:]}", text)
 
 
 def prompt_text(row, template, model):
@@ -842,14 +852,16 @@ def encode_prompts(rows, template, model, max_prompt):
     """The token ids of each prompt. Special tokens are recognised in the template's words. Too long
     a prompt loses its beginning, but not BOS; row["cut"] says so."""
     tokenizer, prompts = model.tokenizer, []
-    with blaming(f"template {template!r} for {tokenizer.name_or_path}"):
-        texts = [prompt_text(row, template, model) for row in rows]
-        encoded = tokenize(tokenizer, texts, special=True)
+    texts = []
+    for row in rows:
+        with blaming(f"{row['where']}: template {template!r} for {tokenizer.name_or_path}"):
+            texts.append(prompt_text(row, template, model))
     before, behind = around(tokenizer)
     if template == "auto" and tokenizer.chat_template:  # it writes these tokens itself
         before, behind = [], []
-    for row, ids in zip(rows, encoded):
-        ids = before + ids + (behind if is_encdec(model) else [])
+    for row, ids in zip(rows, tokenize(tokenizer, texts, special=True)):
+        start = [] if ids[:len(before)] == before else before  # --template may hold BOS itself
+        ids = start + ids + (behind if is_encdec(model) else [])
         bos = ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
         row["cut"] = row.get("cut", False) or len(ids) > max_prompt  # of either model
         if len(ids) > max_prompt:
@@ -908,7 +920,7 @@ def check_tokens(examples, student, teacher):
     for e in examples:
         used.update(dict.fromkeys({*e.prompt, *e.response} - set(used), e.row["where"]))
         for model in filter(None, (student, teacher)):
-            most = max(e.prompt_of(model) + e.response)
+            most = max(e.prompt_of(model) + e.response + [ours.eos_token_id])
             if most >= len(model.get_input_embeddings().weight):
                 raise BadInput(
                     f"{e.row['where']}: token {model.tokenizer.convert_ids_to_tokens(most)!r} is "
@@ -948,8 +960,7 @@ def documents(source):
         datasets.disable_progress_bars()
     path = Path(source).expanduser()
     files = path.rglob("*") if path.is_dir() else path.parent.glob(path.name)
-    files = [f for f in files if f.is_file() and f.stat().st_size and f.name[0] != "."]
-    files = sorted(map(str, files))
+    files = sorted(str(f) for f in files if f.is_file() and f.stat().st_size and f.name[0] != ".")
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix, "text")
     more = {"sample_by": "paragraph" if path.is_file() else "document"} if kind == "text" else {}
     with blaming(source):
@@ -1056,8 +1067,7 @@ def micro_batches(examples, student, teacher, cfg):
     means less padding; the step sees the same examples."""
     ordered = sorted(examples, key=lambda e: len(e.prompt) + len(e.response))
     size = len(ordered) // cfg.accum
-    parts = [ordered[i:i + size] for i in range(0, len(ordered), size)]
-    return [collate(part, student, teacher) for part in parts]
+    return [collate(ordered[i:i + size], student, teacher) for i in range(0, len(ordered), size)]
 
 
 def step_indices(n, step, cfg, of_all=False):
@@ -1374,8 +1384,7 @@ class Evaluator:
 
         def mean(function, examples, k=0, teacher=None):
             at_tau = lambda logits, *others: function(logits / tau, *others)
-            values = per_response(at_tau, model, examples, cfg, teacher)
-            return values[:, k].mean().item()
+            return per_response(at_tau, model, examples, cfg, teacher)[:, k].mean().item()
 
         m = {}
         if self.teacher and self.from_teacher:
@@ -1409,8 +1418,7 @@ class Evaluator:
         right = [replace(e, response=ids(r) + [model.tokenizer.eos_token_id])
                  for e in self.examples for r in e.row["references"]]
         at_tau = lambda logits, _, targets: (log_softmax_at(logits / tau, targets),)
-        logprobs = per_response(at_tau, model, right, self.cfg)
-        return logprobs.exp().view(len(self.examples), -1)
+        return per_response(at_tau, model, right, self.cfg).exp().view(len(self.examples), -1)
 
     def shares(self, mass):
         """(rows, wordings) -> (kinds, wordings): how the probability of right responses is shared

@@ -347,8 +347,7 @@ class LLM:
 
         def ask():
             if key not in self.written:
-                warpers = [TopKLogitsWarper(top_k)] if top_k else []
-                warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+                warpers = [TopKLogitsWarper(top_k or 10**9), TopPLogitsWarper(top_p)]
                 responses = common.sample(self.model, tokens, self.task["max_new"], temperature,
                                           warpers, seed=seed, batch_size=64)
                 self.written[key] = [self.model.tokenizer.decode(r, skip_special_tokens=True)

@@ -186,7 +186,8 @@ BAD = {
                         "no training row has a response", "--response"),
     # templates
     "unknown slot": bad("--template={question}", "no column question", "prompt, response"),
-    "no slot": bad("--template=Sort", "--template 'Sort'", "no column"),
+    "no slot": bad("--template=Sort", "template 'Sort'", "no column"),
+    "no slot for the teacher": bad("--teacher-template=Sort", "template 'Sort'", "no column"),
     "context of the teacher": bad("--max-prompt 250", "--max-prompt 250", "teacher", "256",
                                   student=values("config.json", max_position_embeddings=999)),
     "messages without a chat template": data("d.jsonl", CHATS, "messages", "chat template"),
@@ -415,6 +416,8 @@ def test_a_bos_of_the_tokenizer_stands_before_the_prompt_and_nowhere_else(read, 
     assert (e.prompt, e.response) == (ids("!") + ids("a 0\n"), ids("b") + [0])
     e = read(rows_of(60, prompt="a {i}", response="b"), student=student, max_prompt=3)[0]
     assert e.prompt == ids("!") + ids("a 0\n")[-2:]
+    e = read(rows_of(60, prompt="a {i}", response="b"), student=student, template="!{prompt}")[0]
+    assert e.prompt == ids("!a 0")
 
 
 def test_a_template_names_columns_and_the_teacher_may_read_others(read, capsys):
@@ -429,6 +432,9 @@ def test_a_template_names_columns_and_the_teacher_may_read_others(read, capsys):
 
 def test_special_tokens_are_read_in_a_template_and_are_text_in_a_row(read, edited, capsys):
     models = edited("teacher", chat(None)), edited("student", chat(None))
+    for path in models:  # as in Llama 3, where these tokens are special and have no name
+        values("tokenizer_config.json", extra_special_tokens=[])(path)
+        assert AutoTokenizer.from_pretrained(path).all_special_tokens == ["<|endoftext|>"]
     rows = [{"prompt": "a <|im_end|>" if i == 0 else f"a {i}", "response": "b"} for i in range(60)]
     e = read(rows, *models, template="<|im_start|>{prompt}<|im_end|>")[0]
     assert e.prompt == [START, *ids("a < |im_end|>"), END]
@@ -487,8 +493,9 @@ def test_a_template_that_writes_the_date_gives_the_same_prompt_every_day(read, e
 
 # --- The end of a response, tokens, weights -----------------------------------------------------
 @pytest.mark.parametrize("template, listed, end", [
-    (None, 0, "<|endoftext|>"), (None, 5, "%"),     # one id that differs from the tokenizer's
-    (None, [0, 5], "<|endoftext|>"), (None, 50256, "<|endoftext|>"),  # the tokenizer has no such id
+    (None, 0, "<|endoftext|>"), (None, 321, "<|im_end|>"),  # one id that is not the tokenizer's
+    (None, 5, "<|endoftext|>"), (None, 50256, "<|endoftext|>"),  # no special token, or none at all
+    (None, [0, 321], "<|endoftext|>"),
     (CHATML, [0, 321], "<|im_end|>"), (CHATML, 321, "<|im_end|>"),
     (CHATML, [0, 320, 321], "<|im_end|>"),  # as in Phi-3, where a turn begins with one of them
     (CHATML, [0, 5], "<|endoftext|>"), (CHATML, None, "<|endoftext|>")])
