@@ -95,7 +95,7 @@ class Settings:
     clip: float = 1.0                # largest gradient norm
     # evaluation
     eval_every: int = 100            # steps between evaluations on validation rows
-    eval_rows: int = 500             # most test rows (all with --steps 0 on one file); 200 of valid
+    eval_rows: int = 500             # test rows, at most (--steps 0 on one file: all); valid: 200
     eval_temperature: float = 1.0    # of the student's distribution that is evaluated
     kl_on: Literal["samples", "references"] = "samples"  # KL on samples or on given responses
     # system

@@ -46,7 +46,7 @@ class Config(common.Settings):
     alpha: float = 1.0               # weight of the KL; CE gets 1 - alpha; try .5 on human text
     tau: float = 1.0                 # temperature of both softmaxes; above 1 lifts rare tokens
     responses: Literal["data", "teacher"] = "data"  # the given ones, or the teacher's own
-    cache: bool = False              # keep teacher states in memory: it reads an example once
+    cache: bool = False              # keep teacher states: the teacher then reads each example once
 
 
 # --- The method -----------------------------------------------------------------------------------

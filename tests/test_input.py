@@ -130,6 +130,8 @@ def line(text, *words):
 
 without = lambda part: weights(lambda w: {k: v for k, v in w.items() if part not in k})
 more_tokens = tokenizer(lambda t: t.add_tokens([f"zz{i}" for i in range(9)]))
+NEW_END = [more_tokens, tokenizer(lambda t: t.add_special_tokens({"eos_token": "<end>"})),
+           remove("generation*"), values("config.json", eos_token_id=None)]
 jsonl = lambda rows: "".join(json.dumps(row) + "\n" for row in rows)
 MANY = jsonl(rows_of(60, prompt="cat {i}", response="dog"))
 CHATS = jsonl(rows_of(60, messages=[{"role": "user", "content": "cat {i}"},
@@ -218,6 +220,9 @@ BAD = {
     "other tokens": bad("", "different tokenizers", "Ġcat", "Ġdog", student=swap_tokens),
     "token beyond the embedding": data("d.jsonl", MANY.replace("cat", "zz8"), "d.jsonl, line 1",
                                        "'zz8'", student=more_tokens, teacher=more_tokens),
+    "EOS beyond the embedding": bad(
+        "--data d.jsonl --responses teacher", "'<end>'", "beyond the embedding", student=NEW_END,
+        teacher=NEW_END, files={"d.jsonl": MANY.replace("response", "answer")}),
     "token beyond the embedding, running text": bad(
         "", "--student", "resize_token_embeddings", script="ddk", student=more_tokens),
     "chat teacher, base student": bad(
@@ -412,12 +417,11 @@ def test_a_bos_of_the_tokenizer_stands_before_the_prompt_and_nowhere_else(read, 
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="! $A", special_tokens=[("!", ids("!")[0])])
     student = edited("student", tokenizer(bos))
-    e = read(rows_of(60, prompt="a {i}", response="b"), student=student)[0]
-    assert (e.prompt, e.response) == (ids("!") + ids("a 0\n"), ids("b") + [0])
-    e = read(rows_of(60, prompt="a {i}", response="b"), student=student, max_prompt=3)[0]
-    assert e.prompt == ids("!") + ids("a 0\n")[-2:]
-    e = read(rows_of(60, prompt="a {i}", response="b"), student=student, template="!{prompt}")[0]
-    assert e.prompt == ids("!a 0")
+    rows = rows_of(60, prompt="a {i}", response="b")
+    first = lambda **more: read(rows, student=student, **more)[0]
+    assert (first().prompt, first().response) == (ids("!") + ids("a 0\n"), ids("b") + [0])
+    assert first(max_prompt=3).prompt == ids("!") + ids("a 0\n")[-2:]
+    assert first(template="!{prompt}").prompt == ids("!a 0")
 
 
 def test_a_template_names_columns_and_the_teacher_may_read_others(read, capsys):

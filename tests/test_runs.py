@@ -348,6 +348,8 @@ def test_a_run_can_be_called_in_a_thread_of_a_notebook(config):
     thread.start()
     thread.join()
     assert results[0]["steps"] == 4
+    with pytest.raises(common.BadInput, match="lr '1e-3': a value of type float"):
+        train(config("two", lr="1e-3"))
 
 
 # --- torchrun ------------------------------------------------------------------------------------

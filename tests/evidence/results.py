@@ -176,8 +176,8 @@ def make_instance(task, seed):
 
 def call(words):
     print("python " + shlex.join(words), flush=True)
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True)
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def read():
